@@ -1,0 +1,146 @@
+"""Frechet distance, kernel distance, precision and recall through torch-fidelity, each with its protocol; time."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch_fidelity
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from advkd.data import to_uint8
+from advkd.extractor import FEATURES, load_extractor, register
+from advkd.files import sha256
+from advkd.pipeline import StudentPipeline
+from advkd.presets import UserError
+from advkd.trajectories import quiet
+
+INCEPTION = "inception-v3-compat"
+INCEPTION_FEATURES = 2048
+
+
+class _Images(Dataset):
+    """Images in [-1, 1] as torch-fidelity wants them: bare uint8 tensors."""
+
+    def __init__(self, images: Tensor, rgb: bool):
+        self.images = to_uint8(images.expand(-1, 3, -1, -1) if rgb and images.shape[1] == 1 else images).contiguous()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
+
+
+class Metric:
+    """A feature space to compare images in, with the name of its distance.
+
+    The default is the shipped digit classifier; its distance is FD-digits and never called FID. With `inception` it is
+    the Inception of the FID, from the weights file at that path (or "download", which fetches it).
+    """
+
+    def __init__(self, folder: Path | str | None = None, inception: Path | str | None = None):
+        self.rgb, self.weights = inception is not None, None
+        if inception is not None:
+            self.extractor, self.label, self.features = INCEPTION, "FID", INCEPTION_FEATURES
+            if str(inception) != "download":
+                if not Path(inception).is_file():
+                    raise UserError(f"{inception} is no Inception weights file; give one, or 'download'")
+                self.weights = str(inception)
+        else:
+            model = load_extractor() if folder is None else load_extractor(folder)
+            self.extractor, self.label, self.features = register(model, "digits"), "FD-digits", FEATURES
+
+    def protocol(self) -> dict:
+        """What a number depends on beside the images."""
+        weights = {"weights_sha256": sha256(Path(self.weights))} if self.weights else {}
+        return {"metric": self.label, "extractor": self.extractor, "features": self.features, "resize": "none"} | weights
+
+    def compare(self, samples: Tensor, reference: Tensor, few: bool = False) -> dict[str, float]:
+        """`fd`, `kid`, `precision` and `recall` of `samples` against `reference`, images `(n, c, h, w)` in [-1, 1].
+
+        KID is the mean over 100 subsets of 500 images (fewer where there are fewer). Precision and recall: Kynkaanniemi
+        et al. 2019, 3 neighbours. Raises UserError for fewer samples or references than features, whose covariance is
+        singular, unless `few` says that this is wanted.
+        """
+        count = min(len(samples), len(reference))
+        if count < self.features and not few:
+            raise UserError(f"{count} images are too few for {self.features} features; take more, or say few=True")
+        values = torch_fidelity.calculate_metrics(
+            input1=_Images(samples, self.rgb),
+            input2=_Images(reference, self.rgb),
+            feature_extractor=self.extractor,
+            feature_extractor_weights_path=self.weights,
+            fid=True,
+            kid=True,
+            prc=True,
+            kid_subset_size=min(500, count),
+            batch_size=250,
+            cuda=torch.cuda.is_available(),
+            cache=False,
+            save_cpu_ram=True,
+            verbose=False,
+        )
+        names = {
+            "fd": "frechet_inception_distance",
+            "kid": "kernel_inception_distance_mean",
+            "precision": "precision",
+            "recall": "recall",
+        }
+        return {name: float(values[key]) for name, key in names.items()}
+
+    def evaluate(self, samples: Tensor, train: Tensor, heldout: Tensor, few: bool = False) -> dict[str, float]:
+        """The quality fields of a result row: against the train split, and the distance to the held-out split."""
+        on_train = self.compare(samples, train, few)
+        on_heldout = self.compare(samples, heldout, few)
+        return {
+            "fd_train": on_train["fd"],
+            "fd_heldout": on_heldout["fd"],
+            "kid_train": on_train["kid"],
+            "precision": on_train["precision"],
+            "recall": on_train["recall"],
+        }
+
+
+def sample_student(
+    pipeline: StudentPipeline, count: int, seed: int, first_index: int = 0, batch_size: int = 250, progress: bool = True
+) -> Tensor:
+    """The student's images `(count, c, h, w)` in [-1, 1] for `count` samples of `seed`."""
+    starts, images = range(0, count, batch_size), []
+    for start in tqdm(starts, desc="student", unit="batch", disable=quiet(progress)):
+        size = min(batch_size, count - start)
+        images.append(pipeline(size, seed, first_index + start, output_type="pt").images.cpu())
+    return torch.cat(images)
+
+
+@torch.inference_mode()
+def milliseconds(call: Callable[[], object], repeats: int = 20) -> float:
+    """Median wall-clock time of `call()` in ms, after three calls that are not counted."""
+    times = []
+    for _ in range(3 + repeats):
+        start = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times[3:])
+
+
+def nearest(samples: Tensor, references: Tensor) -> Tensor:
+    """For each sample the index of the reference at the smallest pixel distance (L2), `(n,)`."""
+    return torch.cdist(samples.flatten(1), references.flatten(1)).argmin(1)
+
+
+def environment(device: str = "cpu") -> dict:
+    """Device, threads and versions for a protocol."""
+    packages: Sequence[str] = ("torch", "diffusers", "torch-fidelity", "scikit-learn")
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine() + " CPU",
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+    }

@@ -1,0 +1,122 @@
+"""The digits' own feature space: a small classifier whose 64 penultimate features stand in for Inception's 2048."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch_fidelity import FeatureExtractorBase, register_feature_extractor
+
+from advkd.data import batch_generator, from_uint8
+from advkd.files import fingerprint
+from advkd.presets import ASSETS, UserError
+
+FEATURES = 64
+
+
+class Extractor(ModelMixin, ConfigMixin):
+    """A classifier of images `(b, c, s, s)` in [-1, 1]; `features` are its penultimate activations `(b, 64)`."""
+
+    @register_to_config
+    def __init__(self, image_size_px: int = 16, channels: int = 1, classes: int = 10):
+        super().__init__()
+        layers, c_in = [], channels
+        for c, stride in ((32, 1), (32, 2), (64, 1), (64, 2)):
+            layers += [nn.Conv2d(c_in, c, 3, stride, padding=1, bias=False), nn.BatchNorm2d(c), nn.ReLU()]
+            c_in = c
+        flat = c_in * (image_size_px // 4) ** 2
+        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(flat, FEATURES), nn.ReLU())
+        self.classify = nn.Linear(FEATURES, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `(b, classes)`."""
+        return self.classify(self.features(images))
+
+
+@dataclass(frozen=True)
+class ExtractorRecord:
+    """One step of classifier training."""
+
+    step: int
+    images_seen: int
+    loss: float
+
+
+def train_extractor(
+    extractor: Extractor, images: Tensor, labels: Tensor, *, steps: int = 3000, batch_size: int = 64, seed: int = 0
+) -> Iterator[ExtractorRecord]:
+    """Train the classifier on the train split `images` `(n, c, h, w)` in [-1, 1], with small random shifts and noise."""
+    optimizer = torch.optim.AdamW(extractor.parameters(), 2e-3, weight_decay=0.01)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    extractor.train()
+    for step in range(1, steps + 1):
+        generator = batch_generator(seed, step)
+        batch = torch.randint(len(images), (batch_size,), generator=generator)
+        dy, dx = torch.randint(-1, 2, (2,), generator=generator).tolist()
+        shifted = F.pad(images[batch], (1, 1, 1, 1), value=-1)[..., 1 + dy :, 1 + dx :][..., :16, :16]
+        noisy = shifted + 0.1 * torch.randn(shifted.shape, generator=generator)
+        loss = F.cross_entropy(extractor(noisy), labels[batch], label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        decay.step()
+        yield ExtractorRecord(step, step * batch_size, loss.item())
+    extractor.eval()
+
+
+@torch.inference_mode()
+def accuracy(extractor: Extractor, images: Tensor, labels: Tensor) -> float:
+    """Share of the images that are classified right."""
+    return (extractor.eval()(images).argmax(1) == labels).float().mean().item()
+
+
+def load_extractor(folder: Path | str = ASSETS / "digits-extractor") -> Extractor:
+    """A trained extractor, by default the shipped one. Raises UserError that names the folder when it holds none."""
+    try:
+        return Extractor.from_pretrained(folder, use_safetensors=True).eval()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} holds no feature extractor: {error}") from error
+
+
+def register(extractor: Extractor, data: str) -> str:
+    """Make `extractor` known to torch-fidelity and return its name, which ends in its weights' fingerprint."""
+    return _register(f"{data}-{fingerprint(extractor.state_dict())}", extractor)
+
+
+@cache
+def _register(name: str, extractor: Extractor) -> str:
+    class Features(FeatureExtractorBase):
+        def __init__(self, name: str, features_list: list[str], **_):
+            super().__init__(name, features_list)
+            self.extractor = extractor.eval()
+
+        @staticmethod
+        def get_provided_features_list() -> tuple[str, ...]:
+            return (str(FEATURES),)
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric: str) -> str:
+            return str(FEATURES)
+
+        @staticmethod
+        def can_be_compiled() -> bool:
+            return False
+
+        @staticmethod
+        def get_dummy_input_for_compile() -> Tensor:
+            config = extractor.config
+            return torch.zeros(1, config.channels, config.image_size_px, config.image_size_px, dtype=torch.uint8)
+
+        def forward(self, images: Tensor) -> tuple[Tensor]:
+            return (self.extractor.features(from_uint8(images)),)
+
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+
+    if name not in FEATURE_EXTRACTORS_REGISTRY:
+        register_feature_extractor(name, Features)
+    return name

@@ -1,0 +1,145 @@
+"""Figures and tables: grids, curves, and the only writers of the figures folder."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.utils import make_grid
+
+from advkd.files import write_atomic, write_json, write_text
+
+DPI = 110
+INK, PAPER_RECIPE, IMPROVED_RECIPE, TEACHER = "#333333", "#c8553d", "#2a6f97", "#7a7a7a"
+COLOURS = {"paper": PAPER_RECIPE, "improved": IMPROVED_RECIPE, "teacher": TEACHER}
+
+
+def use_style() -> None:
+    """The look of every figure: seaborn's white grid, small type, no frame above and right."""
+    sns.set_theme("notebook", "whitegrid", rc={"axes.spines.top": False, "axes.spines.right": False, "font.size": 9})
+
+
+def show_images(ax: Axes, images: Tensor, columns: int, title: str = "") -> None:
+    """Draw images `(n, c, h, w)` in [-1, 1] as a grid with `columns` columns."""
+    grid = make_grid(images.detach().float().cpu().clamp(-1, 1) / 2 + 0.5, columns, padding=1, pad_value=1.0)
+    ax.imshow(grid.permute(1, 2, 0), interpolation="nearest")
+    ax.set_axis_off()
+    ax.set_title(title, loc="left", fontsize=9)
+
+
+def show_strip(rows: dict[str, Sequence[Tensor]], columns: Sequence[str], side_px: int) -> Figure:
+    """Rows of single images `(c, h, w)` of any size in [-1, 1], each drawn `side_px` wide under its column's label."""
+    figure, axes = plt.subplots(
+        len(rows), len(columns), figsize=(0.82 * len(columns) + 0.9, 0.98 * len(rows)), squeeze=False
+    )
+    for row, (label, images) in zip(axes, rows.items(), strict=True):
+        for ax, image in zip(row, images, strict=True):
+            show_images(ax, F.interpolate(image[None].float().cpu(), side_px, mode="nearest"), 1)
+        row[0].text(-0.15, 0.5, label, transform=row[0].transAxes, ha="right", va="center", fontsize=9)
+    for ax, label in zip(axes[0], columns, strict=True):
+        ax.set_title(label, fontsize=8, loc="center")
+    figure.subplots_adjust(left=0.9 / (0.82 * len(columns) + 0.9) + 0.02, right=0.995, bottom=0.01, wspace=0.06, hspace=0.08)
+    return figure
+
+
+def plot_curves(records: Iterable, fields: dict[str, str], window: int = 25, figure: Figure | None = None) -> Figure:
+    """One panel per field of the records (a running mean over `window` records) against images seen.
+
+    `fields` maps a field's name to its axis label. Stages are told apart by shade where there are several.
+    """
+    frame = pd.DataFrame(asdict(record) for record in records)
+    figure = figure or plt.figure(figsize=(2.9 * len(fields), 2.5))
+    figure.clear()
+    axes = figure.subplots(1, len(fields), squeeze=False)[0]
+    for ax, (field, label) in zip(axes, fields.items(), strict=True):
+        for _, part in frame.dropna(subset=[field]).groupby("stage"):
+            smooth = part[field].rolling(window, min_periods=1).mean()
+            ax.plot(part.images_seen / 1000, smooth, lw=1.2, color=IMPROVED_RECIPE if frame.stage.nunique() == 1 else None)
+        ax.set(xlabel="images seen (thousands)", title=label)
+    figure.tight_layout()
+    return figure
+
+
+def live_curves(records: Iterator, fields: dict[str, str], every: int = 500) -> list:
+    """Consume `records`, redrawing their curves in the notebook every `every` records; returns them all."""
+    from IPython.display import display
+
+    seen, figure, handle = [], plt.figure(figsize=(2.9 * len(fields), 2.5)), None
+    plt.close(figure)  # shown by its handle alone
+    for record in records:
+        seen.append(record)
+        if len(seen) % every == 0:
+            plot_curves(seen, fields, figure=figure)
+            handle = handle or display(figure, display_id=True)
+            handle.update(figure)
+    return seen
+
+
+def save_figure(figure: Figure, folder: Path | str, name: str) -> Path:
+    """Write `<folder>/<name>.png`, atomically."""
+    path = Path(folder) / f"{name}.png"
+    write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=DPI, bbox_inches="tight", metadata={"Software": None}))
+    return path
+
+
+def save_table(
+    rows: list[dict], protocol: dict, folder: Path | str, name: str, shown: dict[str, str] | None = None
+) -> list[Path]:
+    """Write rows with their protocol as `<name>.json`, and the columns `shown` (field: heading) as `.csv` and `.md`."""
+    folder = Path(folder)
+    shown = shown or {field: field for field in rows[0]}
+    write_json(folder / f"{name}.json", {"protocol": protocol, "rows": rows})
+    frame = pd.DataFrame(rows)
+    write_text(folder / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n"))
+    write_text(folder / f"{name}.md", markdown(rows, shown))
+    return [folder / f"{name}.{kind}" for kind in ("json", "csv", "md")]
+
+
+def markdown(rows: list[dict], shown: dict[str, str]) -> str:
+    """The fields `shown` (field: heading) of the rows as a Markdown table."""
+    lines = ["| " + " | ".join(shown.values()) + " |", "|" + " --- |" * len(shown)]
+    lines += ["| " + " | ".join(_cell(row.get(field)) for field in shown) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool | str):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def load_table(path: Path | str) -> tuple[dict, list[dict]]:
+    """Protocol and rows of a table that `save_table` wrote."""
+    table = json.loads(Path(path).read_text(encoding="utf-8"))
+    return table["protocol"], table["rows"]
+
+
+def bars(rows: list[dict], field: str, label: str, floor: float | None = None) -> Figure:
+    """Horizontal bars of one field on a logarithmic axis, a row each; `floor` is drawn as a line."""
+    figure, ax = plt.subplots(figsize=(6, 0.5 * len(rows) + 0.8))
+    names = [row["name"] for row in rows]
+    colours = [COLOURS[row["recipe"] or "teacher"] for row in rows]
+    values = torch.tensor([row[field] for row in rows])
+    ax.barh(names, values, color=colours, height=0.6)
+    for position, value in enumerate(values.tolist()):
+        ax.text(value * 1.05, position, f"{value:.3g}", va="center", fontsize=9)
+    if floor is not None:
+        ax.axvline(floor, color=INK, ls=":", lw=1)
+        ax.text(floor, len(rows) - 0.45, " real against real", fontsize=8, va="bottom")
+    ax.set(xscale="log", xlabel=label, xlim=(min(values.min().item(), floor or 1e9) * 0.6, values.max().item() * 2.2))
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    figure.tight_layout()
+    return figure

@@ -1,0 +1,140 @@
+"""Files that are either whole or not there: atomic writes, checksums, checkpoints without pickle."""
+
+import csv
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from advkd.presets import UserError
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write(temporary path)` make a file and move it to `path` in one step: readers see the old or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(handle)
+    try:
+        write(Path(temporary))
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's 0600 would hide results from the reader's group
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: object) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_csv(path: Path, records: Iterable) -> None:
+    """Dataclass records as one CSV table, a column per field."""
+    rows = [asdict(record) for record in records]
+    if not rows:
+        return
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_atomic(path, write)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(*states: dict[str, torch.Tensor] | str) -> str:
+    """12 hexadecimal digits that tell sets of weights (state dicts) and strings apart, whatever file they came from."""
+    digest = hashlib.sha256()
+    for state in states:
+        if isinstance(state, str):
+            digest.update(state.encode())
+            continue
+        for name in sorted(state):
+            tensor = state[name].detach().cpu().contiguous()
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def differences(made_with: dict, wanted: dict) -> list[str]:
+    """The fields in which two configurations differ, as 'field: made with A, wanted B'."""
+    fields = sorted(made_with.keys() | wanted.keys())
+    pairs = [(name, made_with.get(name), wanted.get(name)) for name in fields]
+    # Compare as JSON, which has no tuples.
+    return [f"{n}: made with {a!r}, wanted {b!r}" for n, a, b in pairs if json.dumps(a) != json.dumps(b)]
+
+
+def save_checkpoint(
+    path: Path, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer], state: dict
+) -> None:
+    """Write weights, optimizer moments and the JSON-able `state` to one safetensors file, atomically."""
+    tensors, groups = {}, {}
+    for name, module in modules.items():
+        tensors |= {f"{name}/{key}": _packed(value) for key, value in module.state_dict().items()}
+    for name, optimizer in optimizers.items():
+        saved = optimizer.state_dict()
+        groups[name] = saved["param_groups"]
+        for index, moments in saved["state"].items():
+            tensors |= {f"{name}/{index}/{key}": _packed(torch.as_tensor(value)) for key, value in moments.items()}
+    metadata = {"state": json.dumps(state), "groups": json.dumps(groups)}
+    write_atomic(Path(path), lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def _packed(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of its own in row-major order, as safetensors wants it (channels_last and shared tensors are refused)."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def read_checkpoint_state(path: Path) -> dict:
+    """The JSON part of a checkpoint. Raises UserError when the file is not one."""
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["state"])
+    except Exception as error:
+        raise UserError(f"{path} is not a readable checkpoint ({error}); remove it to start afresh") from error
+
+
+def load_checkpoint(
+    path: Path, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]
+) -> dict:
+    """Restore what `save_checkpoint` wrote into `modules` and `optimizers`; returns its `state`."""
+    state = read_checkpoint_state(path)
+    with safe_open(path, "pt") as file:
+        groups = json.loads(file.metadata()["groups"])
+        names = list(file.keys())
+        for name, module in modules.items():
+            prefix = f"{name}/"
+            module.load_state_dict({n.removeprefix(prefix): file.get_tensor(n) for n in names if n.startswith(prefix)})
+        for name, optimizer in optimizers.items():
+            moments: dict[int, dict] = {}
+            for full in names:
+                if full.startswith(f"{name}/"):
+                    _, index, key = full.split("/")
+                    moments.setdefault(int(index), {})[key] = file.get_tensor(full)
+            optimizer.load_state_dict({"state": moments, "param_groups": groups[name]})
+    return state

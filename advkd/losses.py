@@ -1,0 +1,43 @@
+"""Losses as pure functions of tensors."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Logistic loss of the critic, E softplus(-D(real)) + E softplus(D(fake)), of logits `(b,)`."""
+    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+
+
+def generator_loss(fake_logits: Tensor) -> Tensor:
+    """Non-saturating loss of the student, E softplus(-D(fake)), of logits `(b,)`."""
+    return F.softplus(-fake_logits).mean()
+
+
+def input_gradient(critic: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Gradient of every logit with respect to its own image, `(b, c, h, w)`, differentiable in the critic's weights."""
+    images = images.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(critic(images).sum(), images, create_graph=True)
+    return gradient
+
+
+def gradient_penalty(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, weight: Tensor) -> Tensor:
+    """E (||grad_x D(x)||_2 - 1)^2 on x = weight * real + (1 - weight) * fake, `weight` `(b, 1, 1, 1)` in [0, 1].
+
+    Gulrajani et al. 2017, equation 3; part of Adv-KD's critic loss.
+    """
+    gradient = input_gradient(critic, weight * real + (1 - weight) * fake)
+    return ((gradient.flatten(1).norm(dim=1) - 1) ** 2).mean()
+
+
+def r1_penalty(critic: Callable[[Tensor], Tensor], real: Tensor) -> Tensor:
+    """E ||grad_x D(x)||_2^2 on real images (Mescheder et al. 2018, equation 9, without its factor 1/2)."""
+    return input_gradient(critic, real).flatten(1).square().sum(1).mean()
+
+
+def reconstruction_loss(images: list[Tensor], targets: list[Tensor]) -> Tensor:
+    """Mean over the heads of the mean absolute difference to their targets."""
+    return sum(F.l1_loss(image, target) for image, target in zip(images, targets, strict=True)) / len(images)

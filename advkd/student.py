@@ -1,0 +1,151 @@
+"""The one-step student: K submodules that play the teacher's denoising phases, each with a head of its own."""
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from advkd.presets import LATENT_SIDE, Preset, UserError, resolution
+
+
+class Conv(nn.Sequential):
+    """Convolution 3x3, BatchNorm, LeakyReLU(0.01): `(b, c_in, s, s)` to `(b, c, s, s)`."""
+
+    def __init__(self, c_in: int, c: int):
+        super().__init__(nn.Conv2d(c_in, c, 3, padding=1), nn.BatchNorm2d(c), nn.LeakyReLU(0.01))
+
+
+class Up(nn.Sequential):
+    """Transposed convolution 3x3, BatchNorm, LeakyReLU(0.01): `(b, c_in, s, s)` to `(b, c, 2s, 2s)`."""
+
+    def __init__(self, c_in: int, c: int):
+        convolution = nn.ConvTranspose2d(c_in, c, 3, stride=2, padding=1, output_padding=1)
+        super().__init__(convolution, nn.BatchNorm2d(c), nn.LeakyReLU(0.01))
+
+
+class Residual(nn.Module):
+    """LeakyReLU(x + f(x)) with f = Conv, convolution 3x3, BatchNorm; keeps the shape `(b, c, s, s)`."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.body = nn.Sequential(Conv(c, c), nn.Conv2d(c, c, 3, padding=1), nn.BatchNorm2d(c))
+        self.activation = nn.LeakyReLU(0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(x + self.body(x))
+
+
+def plain_layers(c_in: int, c: int, doubles: bool, first: bool) -> list[nn.Module]:
+    """A submodule as published: two layers (the first resolution's submodules 0 and 1: one), Up where it doubles."""
+    last = Up if doubles else Conv
+    return [last(c_in, c)] if first else [Conv(c_in, c), last(c, c)]
+
+
+def residual_layers(c_in: int, c: int, doubles: bool, first: bool) -> list[nn.Module]:
+    """A submodule of the improved recipe: nearest upsampling where it doubles, then a residual block."""
+    grow = [nn.Upsample(scale_factor=2), Conv(c_in, c)] if doubles else []
+    return [*grow, Residual(c)]
+
+
+def terminal(c: int, channels: int) -> nn.Sequential:
+    """The published head: features `(b, c, s, s)` to an image `(b, channels, s, s)` in [-1, 1]."""
+    return nn.Sequential(
+        nn.Conv2d(c, c, 3, padding=1), nn.BatchNorm2d(c), nn.LeakyReLU(0.01), nn.Conv2d(c, channels, 3, padding=1), nn.Tanh()
+    )
+
+
+def light_head(c: int, channels: int) -> nn.Sequential:
+    """A head of one convolution, so that the denoising happens in the submodules."""
+    return nn.Sequential(nn.Conv2d(c, channels, 3, padding=1), nn.Tanh())
+
+
+BLOCKS = {"plain": plain_layers, "residual": residual_layers}
+HEADS = {"terminal": terminal, "light": light_head}
+
+
+class Submodule(nn.Module):
+    """One denoising phase: `layers` carry the features on, `terminal` shows them as an image (None: no head)."""
+
+    def __init__(self, layers: list[nn.Module], head: nn.Module | None):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+        self.terminal = head
+
+
+class Student(ModelMixin, ConfigMixin):
+    """Adv-KD's student (section 3): a 4 x 4 latent to an image in one forward pass through K submodules.
+
+    `widths` are the feature channels at each resolution, coarse to fine; `block` is a key of BLOCKS, `head` of HEADS.
+    With `training_heads=False` only the last submodule has a head: the deployable generator.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        image_size_px: int = 256,
+        channels: int = 3,
+        submodules: int = 11,
+        widths: tuple[int, ...] = (16, 32, 64, 128, 128, 128),
+        block: str = "plain",
+        head: str = "terminal",
+        training_heads: bool = True,
+    ):
+        super().__init__()
+        self.stages = nn.ModuleList()
+        side, c_in = LATENT_SIDE, channels
+        sizes = [resolution(k, submodules, image_size_px) for k in range(submodules)]
+        for k, size in enumerate(sizes):
+            c = widths[sorted(set(sizes)).index(size)]
+            layers = BLOCKS[block](c_in, c, size > side, k < 2)
+            has_head = training_heads or k == submodules - 1
+            self.stages.append(Submodule(layers, HEADS[head](c, channels) if has_head else None))
+            side, c_in = size, c
+
+    @classmethod
+    def from_preset(cls, preset: Preset) -> "Student":
+        """A new student whose initial weights follow from `preset.seed` alone."""
+        fields = "image_size_px channels submodules widths block head"
+        with torch.random.fork_rng():
+            torch.manual_seed(preset.seed)
+            return cls(**{name: getattr(preset, name) for name in fields.split()})
+
+    def forward(self, latent: Tensor, stage: int | None = None) -> Tensor:
+        """The image `(b, channels, r, r)` in [-1, 1] of submodule `stage` (default: the last) for latents `(b, channels, 4, 4)`.
+
+        Raises UserError for a stage that does not exist, or has no head in a deployable generator.
+        """
+        stage = self._check(stage)
+        features = latent
+        for submodule in self.stages[: stage + 1]:
+            features = submodule.layers(features)
+        return self.stages[stage].terminal(features)
+
+    def images(self, latent: Tensor, stage: int | None = None) -> list[Tensor]:
+        """The images of submodules 0..`stage` (default: all) in one pass, coarse to fine."""
+        images, features = [], latent
+        for submodule in self.stages[: self._check(stage) + 1]:
+            features = submodule.layers(features)
+            images.append(submodule.terminal(features))
+        return images
+
+    def generator(self) -> "Student":
+        """A copy without the training-time heads, for deployment: the same last image from fewer parameters."""
+        copy = Student.from_config(self.config, training_heads=False)
+        kept = copy.state_dict().keys()
+        copy.load_state_dict({name: value for name, value in self.state_dict().items() if name in kept})
+        return copy.to(self.device).train(self.training)
+
+    def _check(self, stage: int | None) -> int:
+        count = len(self.stages)
+        if stage is None:
+            return count - 1
+        if not 0 <= stage < count:
+            raise UserError(f"stage is {stage}, but the student has submodules 0 to {count - 1}")
+        if self.stages[stage].terminal is None:
+            raise UserError(f"submodule {stage} has no head: this is the deployable generator; load the training student")
+        return stage
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameters; BatchNorm's running statistics are buffers and not counted."""
+    return sum(p.numel() for p in module.parameters())

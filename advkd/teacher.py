@@ -1,0 +1,208 @@
+"""The diffusion teacher: load any diffusers UNet2DModel with its scheduler, or train a small one."""
+
+import json
+import math
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, SchedulerMixin, UNet2DModel
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from torch.nn import functional as F
+
+from advkd.data import batch_generator
+from advkd.files import fingerprint, load_checkpoint, save_checkpoint
+from advkd.presets import ASSETS, TRAIN_TIMESTEPS, Preset, UserError
+
+_FILES = ["*.json", "*.safetensors"]  # never a pickle
+
+
+@dataclass
+class Teacher:
+    """A pre-trained denoiser. `fingerprint` tells its weights and noise schedule apart from any other's."""
+
+    unet: UNet2DModel
+    scheduler: SchedulerMixin
+    source: str
+    fingerprint: str
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.unet.parameters())
+
+
+def load_teacher(preset: Preset, source: str | None = None) -> Teacher:
+    """The teacher of `preset`, or the one at `source` (a folder in diffusers format, or a hub id), in float32.
+
+    Raises UserError at once when it is neither on disk nor in the hub's cache nor reachable, and when it does not fit
+    the preset's image size and channels.
+    """
+    source = source or preset.teacher
+    folder = _find(source, preset.teacher_revision)
+    unet_at = folder / "unet" if (folder / "unet").is_dir() else folder
+    scheduler_at = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
+    try:
+        unet = UNet2DModel.from_pretrained(unet_at, use_safetensors=True, torch_dtype=torch.float32)
+        name = json.loads((scheduler_at / "scheduler_config.json").read_text()).get("_class_name", "DDPMScheduler")
+        scheduler = (DDIMScheduler if name == "DDIMScheduler" else DDPMScheduler).from_pretrained(scheduler_at)
+    except (OSError, ValueError) as error:
+        raise UserError(f"teacher {source!r} has no UNet2DModel (safetensors) and scheduler: {error}") from error
+    shape = (unet.config.in_channels, unet.config.sample_size)
+    if shape != (preset.channels, preset.image_size_px):
+        raise UserError(
+            f"teacher {source!r} makes {shape[0]} channels at {shape[1]} px, "
+            f"but preset {preset.name!r} has {preset.channels} at {preset.image_size_px}"
+        )
+    if scheduler.config.num_train_timesteps != TRAIN_TIMESTEPS:
+        raise UserError(
+            f"teacher {source!r} has {scheduler.config.num_train_timesteps} timesteps; only {TRAIN_TIMESTEPS} are supported"
+        )
+    weights_and_schedule = fingerprint(unet.state_dict(), json.dumps(_schedule(scheduler), sort_keys=True))
+    return Teacher(unet.eval().requires_grad_(False), scheduler, source, weights_and_schedule)
+
+
+def _schedule(scheduler: SchedulerMixin) -> dict:
+    return {key: value for key, value in scheduler.config.items() if not key.startswith("_") and key != "trained_betas"}
+
+
+def _find(source: str, revision: str | None) -> Path:
+    """The folder of a teacher: the package's own, a local one, the hub's cache, the hub; in this order."""
+    if source.startswith("assets/") and (ASSETS.parent / source).is_dir():
+        return ASSETS.parent / source
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    provide = (
+        f"teacher {source!r} is not on this machine: give a folder in diffusers format (unet/ and scheduler/ as "
+        f"safetensors), or fetch it once where there is a network: hf download {source}"
+    )
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=_FILES, local_files_only=True))
+    except HFValidationError as error:
+        raise UserError(f"teacher {source!r} is neither a folder that exists nor a hub id") from error
+    except LocalEntryNotFoundError:
+        if constants.HF_HUB_OFFLINE or not _reachable(constants.ENDPOINT):
+            raise UserError(f"{provide} (the hub cannot be reached from here)") from None
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=_FILES))
+    except OSError as error:
+        raise UserError(f"{provide} ({error})") from error
+
+
+def _reachable(url: str) -> bool:
+    """One quick request, so that no network is an answer at once instead of half a minute of retries."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=3).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def new_teacher(preset: Preset, seed: int = 0) -> tuple[UNet2DModel, DDPMScheduler]:
+    """A small untrained U-Net for images of 8 to 64 px (1.06M parameters) and the DDPM paper's linear schedule."""
+    widths = (32, 64, 64)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet = UNet2DModel(
+            sample_size=preset.image_size_px,
+            in_channels=preset.channels,
+            out_channels=preset.channels,
+            layers_per_block=1,
+            block_out_channels=widths,
+            down_block_types=("DownBlock2D",) * len(widths),
+            up_block_types=("UpBlock2D",) * len(widths),
+            norm_num_groups=2,  # 16 channels a group: with 4, group norm takes half of the time on a CPU
+            attention_head_dim=16,
+            dropout=0.1,
+        )
+    return unet, DDPMScheduler(num_train_timesteps=TRAIN_TIMESTEPS, beta_schedule="linear", clip_sample=True)
+
+
+@dataclass(frozen=True)
+class TeacherRecord:
+    """One step of teacher training; `heldout_loss` is of the averaged weights, every 500 steps and at the end."""
+
+    step: int
+    images_seen: int
+    loss: float
+    heldout_loss: float | None
+
+
+def train_teacher(
+    unet: UNet2DModel,
+    scheduler: DDPMScheduler,
+    images: Tensor,
+    heldout: Tensor,
+    *,
+    steps: int = 8000,
+    batch_size: int = 64,
+    learning_rate: float = 1e-3,
+    ema: float = 0.999,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+) -> Iterator[TeacherRecord]:
+    """Train a denoiser on `images` `(n, c, h, w)` in [-1, 1]; yields a record a step, leaves the average in `unet`.
+
+    The simple loss of DDPM (Ho et al. 2020, eq. 14) for the scheduler's prediction type, Adam, warm-up and cosine
+    decay. `heldout` images are only measured, never trained on. `checkpoint` is written every 500 steps; `resume`
+    goes on from it to the same weights as a run that was not stopped.
+    """
+    optimizer = torch.optim.Adam(unet.parameters(), learning_rate)
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: _warm_cosine(n, steps))
+    average = torch.optim.swa_utils.AveragedModel(unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(ema))
+    parts = {"unet": unet, "average": average}, {"optimizer": optimizer}
+    first = 0
+    if resume and checkpoint and checkpoint.exists():
+        first = load_checkpoint(checkpoint, *parts)["step"]
+        decay.last_epoch = first
+        optimizer.param_groups[0]["lr"] = learning_rate * _warm_cosine(first, steps)
+    unet.train().to(memory_format=torch.channels_last)
+    for step in range(first + 1, steps + 1):
+        generator = batch_generator(seed, step)
+        x0 = images[torch.randint(len(images), (batch_size,), generator=generator)]
+        loss = denoising_loss(unet, scheduler, x0, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        decay.step()
+        average.update_parameters(unet)
+        heldout_loss = None
+        if step % 500 == 0 or step == steps:
+            with torch.no_grad():
+                heldout_loss = denoising_loss(average.module.eval(), scheduler, heldout, batch_generator(seed, 0)).item()
+            if checkpoint:
+                save_checkpoint(checkpoint, *parts, {"step": step})
+        yield TeacherRecord(step, step * batch_size, loss.item(), heldout_loss)
+    unet.load_state_dict(average.module.state_dict())
+    unet.eval()
+
+
+def _warm_cosine(step: int, steps: int, warm: int = 200) -> float:
+    return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def denoising_loss(unet: UNet2DModel, scheduler: DDPMScheduler, x0: Tensor, generator: torch.Generator) -> Tensor:
+    """Mean squared error of the denoiser at uniform timesteps, for epsilon- and v-prediction."""
+    eps = torch.randn(x0.shape, generator=generator)
+    t = torch.randint(TRAIN_TIMESTEPS, (len(x0),), generator=generator)
+    xt = scheduler.add_noise(x0, eps, t)
+    target = scheduler.get_velocity(x0, eps, t) if scheduler.config.prediction_type == "v_prediction" else eps
+    with torch.autocast("cpu", torch.bfloat16):
+        prediction = unet(xt.to(memory_format=torch.channels_last), t).sample
+    return F.mse_loss(prediction.float(), target)
+
+
+def save_teacher(unet: UNet2DModel, scheduler: DDPMScheduler, folder: Path) -> None:
+    """Write a teacher in diffusers format, weights in half precision (load_teacher widens them)."""
+    DDPMPipeline(unet.half(), scheduler).save_pretrained(folder)
+    unet.float()

@@ -1,0 +1,266 @@
+"""Adv-KD's adversarial training: the paper's stage-by-stage recipe and the improved joint one, in one loop."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from advkd import losses
+from advkd.data import batch_generator
+from advkd.files import differences, load_checkpoint, read_checkpoint_state, save_checkpoint
+from advkd.presets import LATENT_SIDE, Preset, UserError, asdict
+from advkd.trajectories import TrajectoryStore, as_images
+
+CHECKPOINT_EVERY = 500  # steps
+
+
+@dataclass(frozen=True)
+class TrainRecord:
+    """One step: losses and the L2 norms of the gradients that the two optimizers used.
+
+    `penalty` is the unweighted gradient penalty of this step (None where lazy regularisation leaves it out).
+    """
+
+    step: int
+    stage: int
+    images_seen: int
+    critic_loss: float
+    student_loss: float
+    reconstruction_loss: float
+    penalty: float | None
+    critic_gradient: float
+    student_gradient: float
+
+
+def train_advkd(
+    student: nn.Module,
+    make_critic: Callable[[int], nn.Module],
+    trajectories: TrajectoryStore,
+    preset: Preset,
+    *,
+    images: Tensor | None = None,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    device: str = "auto",
+) -> Iterator[TrainRecord]:
+    """Distil `trajectories` into `student`, in place; yields a record a step and leaves the last weights (their
+    moving average, where the preset has one) in `student`.
+
+    `make_critic(k)` gives a new critic `(image, latent) -> logits` for submodule k. `images` `(n, c, h, w)` in [-1, 1]
+    are real training images, wanted where `preset.real_share > 0`. `checkpoint` is a file written every 500 steps and
+    after the last; with `resume` training goes on from it and gives the weights of a run that was not stopped.
+    Raises UserError if the checkpoint was made with another preset and if a loss is not finite.
+    """
+    if preset.real_share and images is None:
+        raise UserError(f"real_share is {preset.real_share}, but no real images were given")
+    device = pick_device(device)
+    loop = _Loop(student.to(device), make_critic, trajectories, preset, images, device)
+    state = {"preset": asdict(preset), "step": 0}
+    if resume and checkpoint and checkpoint.exists():
+        state = read_checkpoint_state(checkpoint)
+        if different := differences(state["preset"], asdict(preset)):
+            raise UserError(f"{checkpoint} belongs to another preset ({'; '.join(different)})")
+        loop.enter_stage(loop.plan.stage_of(max(state["step"] - 1, 0)))
+        load_checkpoint(checkpoint, loop.modules, loop.optimizers)
+    for step in range(state["step"], loop.plan.steps):
+        record = loop.step(step)
+        if checkpoint and (record.step % CHECKPOINT_EVERY == 0 or record.step == loop.plan.steps):
+            save_checkpoint(checkpoint, loop.modules, loop.optimizers, state | {"step": record.step})
+        yield record
+    loop.finish()
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device called `name`; "auto" is the first of cuda, mps, cpu that exists. Raises UserError if `name` does not."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, available in there.items() if available))
+    if not there.get(name.split(":")[0], False):
+        raise UserError(f"device {name!r} is not available here; available: {', '.join(k for k, v in there.items() if v)}")
+    return torch.device(name)
+
+
+class Plan:
+    """Which stage trains at which step, and on which trajectories."""
+
+    def __init__(self, preset: Preset, trajectories: int):
+        self.preset, self.count = preset, trajectories
+        last = preset.submodules - 1
+        if preset.schedule == "joint":
+            self.stages = {last: preset.steps}
+        else:
+            batches = [trajectories // preset.batch_size(k) for k in range(last + 1)]
+            if 0 in batches:
+                raise UserError(f"trajectories is {trajectories}, fewer than a batch of {max(preset.batch_sizes)}")
+            self.stages = {k: max(1, round(preset.epochs * (k + 1) * n)) for k, n in enumerate(batches)}
+        self.steps = sum(self.stages.values())
+
+    def stage_of(self, step: int) -> int:
+        """The stage that step (from 0) belongs to."""
+        return self._locate(step)[0]
+
+    def _locate(self, step: int) -> tuple[int, int]:
+        for k, steps in self.stages.items():
+            if step < steps:
+                return k, step
+            step -= steps
+        raise ValueError("the plan has no such step")
+
+    def is_first(self, step: int) -> bool:
+        """Whether a stage begins with this step."""
+        return self._locate(step)[1] == 0
+
+    def batch(self, step: int) -> Tensor:
+        """Indices of the trajectories of this step: staged, shuffled epochs without incomplete batches; joint, at random."""
+        k, local = self._locate(step)
+        size = self.preset.batch_size(k)
+        if self.preset.schedule == "joint":
+            paired = size - round(size * self.preset.fresh_share)
+            return torch.randint(self.count, (paired,), generator=batch_generator(self.preset.seed, step, 0))
+        epoch, position = divmod(local, self.count // size)
+        order = torch.randperm(self.count, generator=batch_generator(self.preset.seed, k, epoch))
+        return order[position * size : (position + 1) * size]
+
+    def learning_rate(self, step: int) -> float:
+        """The constant rate, then a linear fall to zero over the last `decay_share` of the steps."""
+        falling = self.preset.decay_share * self.steps
+        return self.preset.learning_rate * (min(1.0, (self.steps - step) / falling) if falling else 1.0)
+
+
+class _Loop:
+    """What a step needs: modules, optimizers and data on the device."""
+
+    def __init__(self, student, make_critic, trajectories, preset, images, device):
+        self.student, self.make_critic, self.preset, self.device = student, make_critic, preset, device
+        self.plan = Plan(preset, len(trajectories))
+        student.train().requires_grad_(True).to(memory_format=torch.channels_last)
+        self.modules: dict[str, nn.Module] = {"student": student}
+        if preset.ema:
+            average = get_ema_multi_avg_fn(preset.ema)
+            self.modules["average"] = AveragedModel(student, multi_avg_fn=average, use_buffers=True)
+        self.store = trajectories
+        self.latents = trajectories.latents(preset.latent).to(device)
+        self.images = None if images is None else images.to(device)
+        self.stage = None
+        self.targets: dict[int, Tensor] = {}
+
+    def enter_stage(self, k: int) -> None:
+        """A fresh critic and fresh optimizers; submodules beyond `k` are frozen."""
+        p, self.stage = self.preset, k
+        heads = range(k + 1) if p.reconstruction_weight else [k]
+        self.targets = {i: self.store.column(f"{p.target}_{i}").to(self.device) for i in heads}
+        critic = self.make_critic(k).to(self.device, memory_format=torch.channels_last).train()
+        for i, submodule in enumerate(self.student.stages):
+            submodule.requires_grad_(i <= k)
+        self.modules["critic"] = critic
+        trainable = [q for q in self.student.parameters() if q.requires_grad]
+        adam = {"lr": p.learning_rate, "betas": p.betas}
+        self.optimizers = {
+            "student_optimizer": torch.optim.Adam(trainable, **adam),
+            "critic_optimizer": torch.optim.Adam(critic.parameters(), **adam),
+        }
+
+    def step(self, step: int) -> TrainRecord:
+        """One critic update, then one student update, on the same images of the student."""
+        p, plan = self.preset, self.plan
+        k = plan.stage_of(step)
+        if plan.is_first(step):
+            self.enter_stage(k)
+        for optimizer in self.optimizers.values():
+            optimizer.param_groups[0]["lr"] = plan.learning_rate(step)
+        generator = batch_generator(p.seed, step, 1)
+        batch = plan.batch(step).to(self.device)
+        fresh = p.batch_size(k) - len(batch)
+        latents = torch.cat(
+            [self.latents[batch], self._randn(generator, fresh, *self.latents.shape[1:])]
+        ).contiguous(memory_format=torch.channels_last)
+        targets = {i: as_images(column[batch]) for i, column in self.targets.items()}
+        with self._autocast():
+            images = self.student.images(latents, k) if p.reconstruction_weight else [self.student(latents, k)]
+        fake = images[-1].float()
+        real = self._real(targets[k], len(fake), k, generator)
+        critic_loss, penalty, critic_gradient = self._train_critic(real, fake.detach(), latents, generator, step)
+        student_loss, l1, student_gradient = self._train_student(images, fake, latents, list(targets.values()))
+        if not torch.isfinite(critic_loss + student_loss):
+            raise UserError(f"a loss is not finite at step {step + 1} (stage {k}); the last checkpoint is kept")
+        seen = (step + 1) * p.batch_size(k) if p.schedule == "joint" else self._staged_images_seen(step)
+        values = (x if x is None else float(x) for x in (critic_loss, student_loss, l1, penalty))
+        record = dict(zip(("critic_loss", "student_loss", "reconstruction_loss", "penalty"), values, strict=True))
+        gradients = {"critic_gradient": float(critic_gradient), "student_gradient": float(student_gradient)}
+        return TrainRecord(step + 1, k, seen, **record, **gradients)
+
+    def _staged_images_seen(self, step: int) -> int:
+        k, local = self.plan._locate(step)
+        earlier = sum(n * self.preset.batch_size(i) for i, n in self.plan.stages.items() if i < k)
+        return earlier + (local + 1) * self.preset.batch_size(k)
+
+    def _real(self, targets: Tensor, count: int, k: int, generator: torch.Generator) -> Tensor:
+        """What the critic is told is real: this batch's targets, topped up with other trajectories and real images."""
+        from_data = round(count * self.preset.real_share)
+        others = torch.randint(len(self.store), (count - from_data,), generator=generator)[len(targets) :]
+        parts = [targets[: count - from_data], as_images(self.targets[k][others.to(self.device)])]
+        if from_data:
+            parts.append(self.images[torch.randint(len(self.images), (from_data,), generator=generator).to(self.device)])
+        return torch.cat(parts).contiguous(memory_format=torch.channels_last)
+
+    def _train_critic(self, real, fake, latents, generator, step):
+        """Logistic loss and the recipe's penalty; with "gp+clip" every weight is clamped to [-0.1, 0.1] afterwards."""
+        p, critic, optimizer = self.preset, self.modules["critic"], self.optimizers["critic_optimizer"]
+        with self._autocast():
+            logits = critic(real, latents), critic(fake, latents)
+        loss = losses.discriminator_loss(*(x.float() for x in logits))
+        penalty = None
+        if step % p.penalty_every == 0:
+            penalty = self._penalty(lambda x: critic(x, latents), real, fake, generator)
+        total = loss if penalty is None else loss + p.penalty_weight * p.penalty_every * penalty
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        gradient = torch.nn.utils.get_total_norm([q.grad for q in critic.parameters() if q.grad is not None])
+        optimizer.step()
+        if p.penalty == "gp+clip":
+            with torch.no_grad():
+                for parameter in critic.parameters():
+                    parameter.clamp_(-0.1, 0.1)
+        return total.detach(), None if penalty is None else penalty.detach(), gradient
+
+    def _penalty(self, critic, real, fake, generator) -> Tensor:
+        if self.preset.penalty == "r1":
+            return losses.r1_penalty(critic, real)
+        weight = torch.rand(len(real), 1, 1, 1, generator=generator).to(self.device)
+        return losses.gradient_penalty(critic, real, fake, weight)
+
+    def _train_student(self, images, fake, latents, targets):
+        """The adversarial loss of the last image, and L1 of every head on the paired part of the batch."""
+        p, optimizer = self.preset, self.optimizers["student_optimizer"]
+        critic = self.modules["critic"].requires_grad_(False)
+        with self._autocast():
+            logits = critic(fake, latents)
+        adversarial = losses.generator_loss(logits.float())
+        l1 = torch.zeros((), device=self.device)
+        if p.reconstruction_weight:
+            l1 = losses.reconstruction_loss([x[: len(t)].float() for x, t in zip(images, targets, strict=True)], targets)
+        total = adversarial + p.reconstruction_weight * len(images) * l1
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        gradient = torch.nn.utils.get_total_norm([q.grad for q in self.student.parameters() if q.grad is not None])
+        optimizer.step()
+        critic.requires_grad_(True)
+        if p.ema:
+            self.modules["average"].update_parameters(self.student)
+        return total.detach(), l1.detach(), gradient
+
+    def _randn(self, generator: torch.Generator, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(self.device)
+
+    def _autocast(self):
+        dtype = getattr(torch, self.preset.train_dtype)
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+    def finish(self) -> None:
+        """Leave the reported weights in the student: the moving average where there is one."""
+        if "average" in self.modules:
+            self.student.load_state_dict(self.modules["average"].module.state_dict())
+        self.student.requires_grad_(True).eval()
