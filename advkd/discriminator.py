@@ -50,20 +50,22 @@ class UnconditionalDiscriminator(nn.Module):
 
     def __init__(self, resolution_px: int, channels: int = 3, width: int = 32):
         super().__init__()
-        layers, c, side = [nn.Conv2d(channels, width, 3, padding=1), nn.LeakyReLU(0.2)], width, resolution_px
+        layers, c, side = (
+            [nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)],
+            width,
+            resolution_px // 2,
+        )
         while side > 4:
+            layers += [nn.Conv2d(c, c, 3, padding=1), nn.LeakyReLU(0.2)]
             layers += [nn.Conv2d(c, min(2 * c, 4 * width), 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
             c, side = min(2 * c, 4 * width), side // 2
-        self.image = nn.Sequential(*layers)
-        self.joint = nn.Sequential(
-            nn.Conv2d(c + 1, c, 3, padding=1), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(16 * c, c), nn.LeakyReLU(0.2)
-        )
-        self.logit = nn.Linear(c, 1)
+        self.image = nn.Sequential(*layers, nn.Conv2d(c, c, 3, padding=1), nn.LeakyReLU(0.2))
+        self.joint = nn.Sequential(nn.Linear(16 * c + 1, 128), nn.LeakyReLU(0.2), nn.Linear(128, 1))
 
     def forward(self, image: Tensor, latent: Tensor | None = None) -> Tensor:
-        features = self.image(image)
-        spread = (features.var(dim=0, correction=0) + 1e-8).sqrt().mean().expand(len(features), 1, *features.shape[2:])
-        return self.logit(self.joint(torch.cat([features, spread], dim=1))).squeeze(1)
+        features = self.image(image).flatten(1)
+        spread = (features.var(dim=0, correction=0) + 1e-8).sqrt().mean().expand(len(features), 1)
+        return self.joint(torch.cat([features, spread], dim=1)).squeeze(1)
 
 
 def make_discriminator(preset: Preset, k: int) -> nn.Module:

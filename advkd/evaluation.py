@@ -3,7 +3,7 @@
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from advkd.data import to_uint8
 from advkd.extractor import FEATURES, load_extractor, register
 from advkd.files import sha256
 from advkd.pipeline import StudentPipeline
-from advkd.presets import UserError
+from advkd.presets import LATENT_SIDE, UserError
+from advkd.student import count_parameters
+from advkd.teacher import Teacher
 from advkd.trajectories import quiet
 
 INCEPTION = "inception-v3-compat"
@@ -59,7 +61,12 @@ class Metric:
     def protocol(self) -> dict:
         """What a number depends on beside the images."""
         weights = {"weights_sha256": sha256(Path(self.weights))} if self.weights else {}
-        return {"metric": self.label, "extractor": self.extractor, "features": self.features, "resize": "none"} | weights
+        return {
+            "metric": self.label,
+            "extractor": self.extractor,
+            "features": self.features,
+            "resize": "none",
+        } | weights
 
     def compare(self, samples: Tensor, reference: Tensor, few: bool = False) -> dict[str, float]:
         """`fd`, `kid`, `precision` and `recall` of `samples` against `reference`, images `(n, c, h, w)` in [-1, 1].
@@ -136,11 +143,56 @@ def nearest(samples: Tensor, references: Tensor) -> Tensor:
     return torch.cdist(samples.flatten(1), references.flatten(1)).argmin(1)
 
 
-def environment(device: str = "cpu") -> dict:
-    """Device, threads and versions for a protocol."""
-    packages: Sequence[str] = ("torch", "diffusers", "torch-fidelity", "scikit-learn")
+def student_row(pipeline: StudentPipeline, recipe: str | None) -> dict:
+    """What a result row says of a student before it is measured."""
+    student = pipeline.student
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine() + " CPU",
+        "model": "student",
+        "recipe": recipe,
+        "sampler": "one-step",
+        "steps": 1,
+        "parameters": count_parameters(student),
+        "deployable_parameters": count_parameters(student.generator()),
+    }
+
+
+def teacher_row(teacher: Teacher, sampler: str, steps: int) -> dict:
+    """What a result row says of a teacher and its sampler before they are measured."""
+    return {
+        "model": "teacher",
+        "recipe": None,
+        "sampler": sampler,
+        "steps": steps,
+        "parameters": teacher.parameters,
+        "deployable_parameters": teacher.parameters,
+    }
+
+
+def student_latency_ms(pipeline: StudentPipeline, batch: int = 1) -> float:
+    """Time per image of the deployable generator, float32, from a given latent."""
+    student = pipeline.student.generator().eval()
+    latent = torch.randn(batch, student.config.channels, LATENT_SIDE, LATENT_SIDE, device=student.device)
+    return milliseconds(lambda: student(latent)) / batch
+
+
+def teacher_latency_ms(teacher: Teacher, steps: int, batch: int = 1) -> float:
+    """Time per image of the teacher, float32: one measured step of the U-Net times the number of steps."""
+    unet = teacher.unet
+    size = (batch, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    xt, t = torch.randn(size, device=unet.device), torch.tensor(500, device=unet.device)
+    return milliseconds(lambda: unet(xt, t)) * steps / batch
+
+
+def protocol(metric: Metric, images: int, seed: int, train: Tensor, heldout: Tensor) -> dict:
+    """Everything that the numbers of a table depend on: metric, images, references, seeds, device, versions."""
+    packages = ("torch", "diffusers", "torch-fidelity", "scikit-learn")
+    return metric.protocol() | {
+        "images": images,
+        "sampling_seed": seed,
+        "reference_train": f"train split, {len(train)} images",
+        "reference_heldout": f"held-out split, {len(heldout)} images",
+        "ms_per_image": "batch 1, float32, median of 20; teacher: one U-Net step times the number of steps",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
     }

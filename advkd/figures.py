@@ -1,6 +1,8 @@
 """Figures and tables: grids, curves, and the only writers of the figures folder."""
 
 import json
+import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,15 +17,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.utils import make_grid
 
-from advkd.files import write_atomic, write_json, write_text
+from advkd.files import project_root, write_atomic, write_json, write_text
 
 DPI = 110
 INK, PAPER_RECIPE, IMPROVED_RECIPE, TEACHER = "#333333", "#c8553d", "#2a6f97", "#7a7a7a"
 COLOURS = {"paper": PAPER_RECIPE, "improved": IMPROVED_RECIPE, "teacher": TEACHER}
 
 
-def use_style() -> None:
-    """The look of every figure: seaborn's white grid, small type, no frame above and right."""
+def start_notebook() -> None:
+    """Work from the checkout's root, wherever the notebook was started, and set the look of every figure."""
+    os.chdir(project_root())
+    warnings.filterwarnings("ignore", category=FutureWarning)
     sns.set_theme("notebook", "whitegrid", rc={"axes.spines.top": False, "axes.spines.right": False, "font.size": 9})
 
 
@@ -46,7 +50,9 @@ def show_strip(rows: dict[str, Sequence[Tensor]], columns: Sequence[str], side_p
         row[0].text(-0.15, 0.5, label, transform=row[0].transAxes, ha="right", va="center", fontsize=9)
     for ax, label in zip(axes[0], columns, strict=True):
         ax.set_title(label, fontsize=8, loc="center")
-    figure.subplots_adjust(left=0.9 / (0.82 * len(columns) + 0.9) + 0.02, right=0.995, bottom=0.01, wspace=0.06, hspace=0.08)
+    figure.subplots_adjust(
+        left=0.9 / (0.82 * len(columns) + 0.9) + 0.02, right=0.995, bottom=0.01, wspace=0.06, hspace=0.08
+    )
     return figure
 
 
@@ -62,7 +68,9 @@ def plot_curves(records: Iterable, fields: dict[str, str], window: int = 25, fig
     for ax, (field, label) in zip(axes, fields.items(), strict=True):
         for _, part in frame.dropna(subset=[field]).groupby("stage"):
             smooth = part[field].rolling(window, min_periods=1).mean()
-            ax.plot(part.images_seen / 1000, smooth, lw=1.2, color=IMPROVED_RECIPE if frame.stage.nunique() == 1 else None)
+            ax.plot(
+                part.images_seen / 1000, smooth, lw=1.2, color=IMPROVED_RECIPE if frame.stage.nunique() == 1 else None
+            )
         ax.set(xlabel="images seen (thousands)", title=label)
     figure.tight_layout()
     return figure
@@ -86,7 +94,9 @@ def live_curves(records: Iterator, fields: dict[str, str], every: int = 500) -> 
 def save_figure(figure: Figure, folder: Path | str, name: str) -> Path:
     """Write `<folder>/<name>.png`, atomically."""
     path = Path(folder) / f"{name}.png"
-    write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=DPI, bbox_inches="tight", metadata={"Software": None}))
+    write_atomic(
+        path, lambda temporary: figure.savefig(temporary, dpi=DPI, bbox_inches="tight", metadata={"Software": None})
+    )
     return path
 
 

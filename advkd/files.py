@@ -17,6 +17,15 @@ from torch import nn
 from advkd.presets import UserError
 
 
+def project_root() -> Path:
+    """The checkout that holds `notebooks/`, upwards from the working directory. Raises UserError outside of one."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "notebooks").is_dir() and (folder / "pyproject.toml").exists():
+            return folder
+    raise UserError(f"{here} is not inside a checkout of advkd: no folder above it has notebooks/ and pyproject.toml")
+
+
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write(temporary path)` make a file and move it to `path` in one step: readers see the old or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,9 +128,7 @@ def read_checkpoint_state(path: Path) -> dict:
         raise UserError(f"{path} is not a readable checkpoint ({error}); remove it to start afresh") from error
 
 
-def load_checkpoint(
-    path: Path, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]
-) -> dict:
+def load_checkpoint(path: Path, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]) -> dict:
     """Restore what `save_checkpoint` wrote into `modules` and `optimizers`; returns its `state`."""
     state = read_checkpoint_state(path)
     with safe_open(path, "pt") as file:

@@ -50,7 +50,11 @@ def residual_layers(c_in: int, c: int, doubles: bool, first: bool) -> list[nn.Mo
 def terminal(c: int, channels: int) -> nn.Sequential:
     """The published head: features `(b, c, s, s)` to an image `(b, channels, s, s)` in [-1, 1]."""
     return nn.Sequential(
-        nn.Conv2d(c, c, 3, padding=1), nn.BatchNorm2d(c), nn.LeakyReLU(0.01), nn.Conv2d(c, channels, 3, padding=1), nn.Tanh()
+        nn.Conv2d(c, c, 3, padding=1),
+        nn.BatchNorm2d(c),
+        nn.LeakyReLU(0.01),
+        nn.Conv2d(c, channels, 3, padding=1),
+        nn.Tanh(),
     )
 
 
@@ -142,7 +146,9 @@ class Student(ModelMixin, ConfigMixin):
         if not 0 <= stage < count:
             raise UserError(f"stage is {stage}, but the student has submodules 0 to {count - 1}")
         if self.stages[stage].terminal is None:
-            raise UserError(f"submodule {stage} has no head: this is the deployable generator; load the training student")
+            raise UserError(
+                f"submodule {stage} has no head: this is the deployable generator; load the training student"
+            )
         return stage
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, SchedulerMixin, UNet2DModel
-from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -179,7 +178,9 @@ def train_teacher(
         heldout_loss = None
         if step % 500 == 0 or step == steps:
             with torch.no_grad():
-                heldout_loss = denoising_loss(average.module.eval(), scheduler, heldout, batch_generator(seed, 0)).item()
+                heldout_loss = denoising_loss(
+                    average.module.eval(), scheduler, heldout, batch_generator(seed, 0)
+                ).item()
             if checkpoint:
                 save_checkpoint(checkpoint, *parts, {"step": step})
         yield TeacherRecord(step, step * batch_size, loss.item(), heldout_loss)

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from advkd import losses
 from advkd.data import batch_generator
 from advkd.files import differences, load_checkpoint, read_checkpoint_state, save_checkpoint
-from advkd.presets import LATENT_SIDE, Preset, UserError, asdict
+from advkd.presets import Preset, UserError, asdict
 from advkd.trajectories import TrajectoryStore, as_images
 
 CHECKPOINT_EVERY = 500  # steps
@@ -67,9 +67,9 @@ def train_advkd(
         load_checkpoint(checkpoint, loop.modules, loop.optimizers)
     for step in range(state["step"], loop.plan.steps):
         record = loop.step(step)
+        yield record  # first, so that the caller's log is never behind the checkpoint
         if checkpoint and (record.step % CHECKPOINT_EVERY == 0 or record.step == loop.plan.steps):
             save_checkpoint(checkpoint, loop.modules, loop.optimizers, state | {"step": record.step})
-        yield record
     loop.finish()
 
 
@@ -79,7 +79,9 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         return torch.device(next(kind for kind, available in there.items() if available))
     if not there.get(name.split(":")[0], False):
-        raise UserError(f"device {name!r} is not available here; available: {', '.join(k for k, v in there.items() if v)}")
+        raise UserError(
+            f"device {name!r} is not available here; available: {', '.join(k for k, v in there.items() if v)}"
+        )
     return torch.device(name)
 
 
@@ -174,9 +176,9 @@ class _Loop:
         generator = batch_generator(p.seed, step, 1)
         batch = plan.batch(step).to(self.device)
         fresh = p.batch_size(k) - len(batch)
-        latents = torch.cat(
-            [self.latents[batch], self._randn(generator, fresh, *self.latents.shape[1:])]
-        ).contiguous(memory_format=torch.channels_last)
+        latents = torch.cat([self.latents[batch], self._randn(generator, fresh, *self.latents.shape[1:])]).contiguous(
+            memory_format=torch.channels_last
+        )
         targets = {i: as_images(column[batch]) for i, column in self.targets.items()}
         with self._autocast():
             images = self.student.images(latents, k) if p.reconstruction_weight else [self.student(latents, k)]
@@ -203,7 +205,9 @@ class _Loop:
         others = torch.randint(len(self.store), (count - from_data,), generator=generator)[len(targets) :]
         parts = [targets[: count - from_data], as_images(self.targets[k][others.to(self.device)])]
         if from_data:
-            parts.append(self.images[torch.randint(len(self.images), (from_data,), generator=generator).to(self.device)])
+            parts.append(
+                self.images[torch.randint(len(self.images), (from_data,), generator=generator).to(self.device)]
+            )
         return torch.cat(parts).contiguous(memory_format=torch.channels_last)
 
     def _train_critic(self, real, fake, latents, generator, step):
@@ -241,7 +245,9 @@ class _Loop:
         adversarial = losses.generator_loss(logits.float())
         l1 = torch.zeros((), device=self.device)
         if p.reconstruction_weight:
-            l1 = losses.reconstruction_loss([x[: len(t)].float() for x, t in zip(images, targets, strict=True)], targets)
+            l1 = losses.reconstruction_loss(
+                [x[: len(t)].float() for x, t in zip(images, targets, strict=True)], targets
+            )
         total = adversarial + p.reconstruction_weight * len(images) * l1
         optimizer.zero_grad(set_to_none=True)
         total.backward()

@@ -1,5 +1,6 @@
 """Noise to the teacher's states at the stages' times, and a memory-mapped, resumable store of them."""
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from tqdm.auto import tqdm
 
 from advkd.data import from_uint8, make_latent, sample_generators, sample_noise, to_uint8
 from advkd.files import differences, sha256, write_atomic, write_json
-from advkd.presets import Preset, UserError, stage_times
+from advkd.presets import Preset, UserError, config_hash, stage_times
 from advkd.teacher import Teacher
 
 MANIFEST = "manifest.json"
@@ -77,11 +78,10 @@ def sample_teacher(
     with bar, _dtype(teacher, preset.teacher_dtype):
         for start in range(0, len(indices), preset.shard_size):
             generators = sample_generators(indices[start : start + preset.shard_size], seed)
-            xt = sample_noise(generators, preset.image_shape)
-            for _, xt, _ in denoise(teacher, xt, scheduler, generators):
-                pass
-            images.append(xt.clamp(-1, 1))
-            bar.update(len(xt))
+            noise = sample_noise(generators, preset.image_shape)
+            *_, (_, image, _) = denoise(teacher, noise, scheduler, generators)
+            images.append(image.clamp(-1, 1))
+            bar.update(len(image))
     return torch.cat(images)
 
 
@@ -108,8 +108,16 @@ class _dtype:
 
 def trajectory_config(teacher: Teacher, preset: Preset) -> dict:
     """Everything that the bytes of a store depend on."""
-    fields = "trajectories sampler sampler_steps seed image_size_px channels submodules teacher_dtype shard_size"
+    fields = (
+        "trajectories sampler sampler_steps trajectory_seed image_size_px channels submodules teacher_dtype shard_size"
+    )
     return {"teacher_fingerprint": teacher.fingerprint} | {name: getattr(preset, name) for name in fields.split()}
+
+
+def trajectory_dir(teacher: Teacher, preset: Preset) -> Path:
+    """Where the notebooks keep a preset's trajectories: `runs/<name>/trajectories-<sampler>-<hash>`, shared by its recipes."""
+    what = f"{preset.sampler}{preset.sampler_steps}-{preset.trajectories}"
+    return Path("runs") / preset.name / f"trajectories-{what}-{config_hash(trajectory_config(teacher, preset))}"
 
 
 def generate_trajectories(
@@ -124,7 +132,9 @@ def generate_trajectories(
     folder, config = Path(folder), trajectory_config(teacher, preset)
     manifest = _read_manifest(folder) or {"config": config, "teacher": teacher.source, "shards": {}}
     if different := differences(manifest["config"], config):
-        raise UserError(f"{folder} holds other trajectories ({'; '.join(different)}); choose another folder or remove it")
+        raise UserError(
+            f"{folder} holds other trajectories ({'; '.join(different)}); choose another folder or remove it"
+        )
     scheduler = make_scheduler(teacher, preset.sampler, preset.sampler_steps)
     starts = range(0, preset.trajectories, preset.shard_size)
     bar = tqdm(total=preset.trajectories, desc="trajectories", unit="image", disable=quiet(progress))
@@ -142,7 +152,7 @@ def generate_trajectories(
 
 
 def _shard(teacher: Teacher, preset: Preset, scheduler: SchedulerMixin, indices: range) -> dict[str, Tensor]:
-    generators = sample_generators(indices, preset.seed)
+    generators = sample_generators(indices, preset.trajectory_seed)
     noise = sample_noise(generators, preset.image_shape)
     tensors = {how: make_latent(noise, how) for how in ("block-mean", "shrink8bit")}
     for k, (xt, x0) in enumerate(states(teacher, noise, scheduler, generators, preset.submodules)):
@@ -155,8 +165,6 @@ def _shard(teacher: Teacher, preset: Preset, scheduler: SchedulerMixin, indices:
 
 
 def _read_manifest(folder: Path) -> dict | None:
-    import json
-
     path = folder / MANIFEST
     try:
         return json.loads(path.read_text()) if path.exists() else None
@@ -176,7 +184,9 @@ class TrajectoryStore:
         self.folder = Path(folder)
         manifest = _read_manifest(self.folder)
         if manifest is None:
-            raise UserError(f"{folder} holds no trajectories (no {MANIFEST}); make them with: python -m advkd trajectories")
+            raise UserError(
+                f"{folder} holds no trajectories (no {MANIFEST}); make them with: python -m advkd trajectories"
+            )
         self.config, self.shards = manifest["config"], manifest["shards"]
         if (have := sum(s["count"] for s in self.shards.values())) < len(self):
             raise UserError(f"{folder} holds {have} of {len(self)} trajectories; run the command that made it again")

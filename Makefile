@@ -1,0 +1,45 @@
+# The commands of the README. `make env` builds .venv from requirements.lock, the same versions for everybody.
+PYTHON ?= python3.11
+BIN = .venv/bin
+PRESET ?= digits
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: env reproduce test lab notebooks lint lock clean
+
+env: .venv/.ready
+
+.venv/.ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "uv>=0.8"
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
+	touch $@
+
+reproduce: env
+	$(BIN)/python -m advkd reproduce --preset $(PRESET)
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: lint
+	$(BIN)/pytest -q tests
+	$(BIN)/pytest -q --nbval notebooks
+
+lab: env
+	$(BIN)/jupyter lab
+
+# Edit the .py, then this: the .ipynb follows, is executed from the top and keeps its outputs.
+notebooks: env
+	$(BIN)/jupytext --quiet --to ipynb --update notebooks/*.py
+	ADVKD_PROGRESS=0 $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+		--ExecutePreprocessor.record_timing=False --ExecutePreprocessor.store_widget_state=False \
+		--ExecutePreprocessor.timeout=-1 notebooks/*.ipynb
+
+# After a change of the dependencies in pyproject.toml.
+lock: env
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links \
+		--no-annotate --no-header --python-version 3.10 --extra dev pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf runs .venv

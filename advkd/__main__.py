@@ -1,0 +1,205 @@
+"""The command line: python -m advkd {teacher,extractor,trajectories,train,sample,evaluate,reproduce}."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from advkd.presets import UserError, load_preset
+
+
+class _Commands(click.Group):
+    """User errors are one line and exit status 2; an interrupt is 130 and what was made stays."""
+
+    def main(self, *args, **kwargs):
+        try:
+            return super().main(*args, **kwargs)
+        except UserError as error:
+            click.echo(f"advkd: error: {error}", err=True)
+            sys.exit(2)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.option("--threads", type=click.IntRange(1), help="CPU threads (default: torch's choice).")
+def cli(threads: int | None):
+    """Distil a diffusion teacher into a student that samples in one step (Adv-KD, arXiv 2405.20675)."""
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+PRESET = click.option("--preset", "name", default="digits", help="What to work on: digits, celebahq.")
+RECIPE = click.option("--recipe", default="improved", help="How to train the student: improved, paper.")
+OUT = click.option("--out", type=click.Path(path_type=Path), required=True, help="Where to write.")
+COUNT = click.option("--count", type=click.IntRange(1), default=5000, help="Number of images.")
+SEED = click.option("--seed", type=click.IntRange(0), default=1, help="Seed of the noise.")
+STUDENT = click.argument("student", type=click.Path(path_type=Path))
+
+
+@cli.command()
+@PRESET
+@OUT
+@click.option("--steps", type=click.IntRange(1), default=8000, help="Optimizer steps.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of weights, noise and batches.")
+@click.option("--resume", is_flag=True, help="Go on from an interrupted run in the same folder.")
+def teacher(name: str, out: Path, steps: int, seed: int, resume: bool):
+    """Train a small diffusion teacher on the preset's train split and save it in diffusers format."""
+    from tqdm import tqdm
+
+    from advkd.data import load_images
+    from advkd.files import write_csv
+    from advkd.teacher import new_teacher, save_teacher, train_teacher
+
+    checkpoint, preset = out / "checkpoint.safetensors", load_preset(name)
+    if checkpoint.exists() and not resume:
+        raise UserError(f"{out} holds an interrupted run; go on with --resume, or remove it")
+    unet, scheduler = new_teacher(preset, seed)
+    (train, _), (heldout, _) = load_images(preset, "train"), load_images(preset, "heldout")
+    records = train_teacher(
+        unet, scheduler, train, heldout, steps=steps, seed=seed, checkpoint=checkpoint, resume=resume
+    )
+    bar, curve, recent = tqdm(total=steps, unit="step"), [], []
+    for record in records:
+        bar.update(record.step - bar.n)
+        recent.append(record.loss)
+        if record.heldout_loss is not None:
+            curve.append(replace(record, loss=sum(recent) / len(recent)))  # the mean since the last point
+            recent.clear()
+            bar.set_postfix(loss=f"{record.loss:.4f}", heldout=f"{record.heldout_loss:.4f}")
+            write_csv(out / "curve.csv", curve)
+    save_teacher(unet, scheduler, out)
+    checkpoint.unlink()
+    click.echo(f"teacher: {out}")
+
+
+@cli.command()
+@PRESET
+@OUT
+@click.option("--steps", type=click.IntRange(1), default=3000, help="Optimizer steps.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of weights and batches.")
+def extractor(name: str, out: Path, steps: int, seed: int):
+    """Train the classifier whose features the digits are compared in, on the preset's train split."""
+    import torch
+    from tqdm import tqdm
+
+    from advkd.data import load_images
+    from advkd.extractor import Extractor, accuracy, train_extractor
+
+    preset = load_preset(name)
+    train, heldout = load_images(preset, "train"), load_images(preset, "heldout")
+    torch.manual_seed(seed)
+    model = Extractor(preset.image_size_px, preset.channels)
+    for _ in tqdm(train_extractor(model, *train, steps=steps, seed=seed), total=steps, unit="step"):
+        pass
+    model.save_pretrained(out)
+    click.echo(f"extractor: {out}, accuracy on held-out images {accuracy(model, *heldout):.4f}")
+
+
+@cli.command()
+@PRESET
+@RECIPE
+@OUT
+@click.option("--count", type=click.IntRange(1), help="Number of trajectories (default: the preset's).")
+def trajectories(name: str, recipe: str, out: Path, count: int | None):
+    """Run the teacher and store the states that the student learns from; goes on where it was interrupted."""
+    from advkd.teacher import load_teacher
+    from advkd.trajectories import generate_trajectories
+
+    preset = load_preset(name, recipe, **({"trajectories": count} if count else {}))
+    store = generate_trajectories(load_teacher(preset), preset, out)
+    click.echo(f"trajectories: {len(store)} in {out}")
+
+
+@cli.command()
+@PRESET
+@RECIPE
+@click.option(
+    "--trajectories",
+    "store",
+    type=click.Path(path_type=Path),
+    help="A store to train on (default: OUT/trajectories, made first).",
+)
+@OUT
+@click.option("--resume", is_flag=True, help="Go on from an interrupted run in the same folder.")
+@click.option("--steps", type=click.IntRange(1), help="Optimizer steps (improved recipe).")
+@click.option("--epochs", type=float, help="Stage k trains for EPOCHS * (k + 1) epochs (paper recipe).")
+@click.option("--seed", type=click.IntRange(0), help="Seed of weights and batches.")
+@click.option("--device", default="auto", help="auto, cuda, mps or cpu.")
+def train(name: str, recipe: str, store: Path | None, out: Path, resume: bool, device: str, **budget):
+    """Distil the trajectories into a student."""
+    from advkd.data import load_images
+    from advkd.run import finish, train_run
+    from advkd.teacher import load_teacher
+    from advkd.trajectories import TrajectoryStore, generate_trajectories
+
+    preset = load_preset(name, recipe, **{field: value for field, value in budget.items() if value is not None})
+    if store is None:
+        opened = generate_trajectories(load_teacher(preset), preset, out / "trajectories")
+    else:
+        opened = TrajectoryStore(store)
+    images = load_images(preset, "train")[0] if preset.real_share else None
+    last = finish(train_run(preset, opened, out, images=images, resume=resume, device=device))
+    click.echo(f"student: {out / 'student'}, {last.step} steps, {last.images_seen} images seen")
+
+
+@cli.command()
+@STUDENT
+@click.option("--count", type=click.IntRange(1), default=64, help="Number of images.")
+@SEED
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="A PNG file: all images in one grid."
+)
+def sample(student: Path, count: int, seed: int, out: Path):
+    """Draw images of a trained student (a run folder or a pipeline folder) in one step each."""
+    from torchvision.utils import save_image
+
+    from advkd.evaluation import sample_student
+    from advkd.files import write_atomic
+    from advkd.run import load_run
+
+    images = sample_student(load_run(student), count, seed)
+    columns = max(1, round(count**0.5))
+    write_atomic(
+        out, lambda file: save_image(images, file, nrow=columns, normalize=True, value_range=(-1, 1), format="png")
+    )
+    click.echo(f"{count} images: {out}")
+
+
+@cli.command()
+@STUDENT
+@PRESET
+@COUNT
+@SEED
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="A JSON file.")
+@click.option("--inception", help="Inception weights file, or 'download': FID in place of FD-digits.")
+@click.option("--few", is_flag=True, help="Allow fewer images than features.")
+def evaluate(student: Path, name: str, count: int, seed: int, out: Path, inception: str | None, few: bool):
+    """Compare a student's images with the real ones; writes a row with its protocol."""
+    from advkd.data import load_images
+    from advkd.evaluation import Metric, protocol, sample_student, student_row
+    from advkd.files import write_json
+    from advkd.run import load_run
+
+    preset, pipeline, metric = load_preset(name), load_run(student), Metric(inception=inception)
+    images = sample_student(pipeline, count, seed)
+    train_images, heldout = load_images(preset, "train")[0], load_images(preset, "heldout")[0]
+    row = student_row(pipeline, None) | metric.evaluate(images, train_images, heldout, few)
+    write_json(out, {"protocol": protocol(metric, count, seed, train_images, heldout), "rows": [row]})
+    click.echo(f"{metric.label} {row['fd_train']:.3f} (train), {row['fd_heldout']:.3f} (held out): {out}")
+
+
+@cli.command()
+@PRESET
+@click.option("--parameter", "-p", "parameters", nargs=2, multiple=True, help="A notebook parameter: -p NAME VALUE.")
+@click.option("--force", is_flag=True, help="Run also what is up to date.")
+def reproduce(name: str, parameters: tuple[tuple[str, str], ...], force: bool):
+    """Run the notebooks in order and regenerate every figure and table of figures/<preset>/."""
+    from advkd.reproduce import reproduce as run
+
+    sys.exit(run(name, dict(parameters), force))
+
+
+if __name__ == "__main__":
+    cli(prog_name="python -m advkd")

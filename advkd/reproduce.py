@@ -1,0 +1,126 @@
+"""Run the notebooks in order through papermill; skip what is up to date; say what was made."""
+
+import hashlib
+import json
+import time
+from pathlib import Path
+
+import click
+import nbformat
+import papermill
+from papermill.exceptions import PapermillExecutionError
+
+from advkd import files, trajectories
+from advkd.presets import ASSETS, UserError, load_preset
+
+NOTEBOOKS = ("01_teacher", "02_submodules", "03_train", "04_evaluate")
+
+
+def reproduce(preset: str, parameters: dict[str, str], force: bool = False) -> int:
+    """Execute the notebooks for `preset` into runs/<preset>/, print a summary, return the exit status.
+
+    `parameters` go to every notebook that declares them. A notebook is up to date when its cells, its parameters, the
+    package, the notebooks before it and the files that it wrote are what they were. Raises UserError for a
+    parameter that no notebook has.
+    """
+    root = files.project_root()
+    load_preset(preset)
+    declared = {name: papermill.inspect_notebook(str(root / "notebooks" / f"{name}.ipynb")) for name in NOTEBOOKS}
+    known = sorted(set().union(*declared.values()))
+    if unknown := [name for name in parameters if name not in known]:
+        raise UserError(f"no notebook has a parameter {unknown[0]!r}; parameters: {', '.join(known)}")
+    state_file = root / "runs" / preset / "reproduce.json"
+    state = json.loads(state_file.read_text()) if state_file.exists() else {}
+    rows, upstream = [], _package_hash()
+    for name in NOTEBOOKS:
+        given = {"preset": preset} | {k: _typed(v) for k, v in parameters.items() if k in declared[name]}
+        source = root / "notebooks" / f"{name}.ipynb"
+        upstream = _hash(upstream, _cells(source), json.dumps(given, sort_keys=True))
+        if not force and _is_up_to_date(root, state.get(name), upstream):
+            rows.append((name, 0.0, "up to date", sorted(state[name]["wrote"])))
+            continue
+        start, before = time.time(), _figures(root, preset)
+        error = _execute(root, source, root / "runs" / preset / f"{name}.ipynb", given)
+        seconds, wrote = time.time() - start, _written(root, preset, before, start)
+        if error:
+            state.pop(name, None)
+            files.write_json(state_file, state)
+            rows.append((name, seconds, "failed", sorted(wrote)))
+            _summary(preset, rows)
+            click.echo(f"advkd: error: notebook {name} failed in cell {error}", err=True)
+            return 1
+        state[name] = {"hash": upstream, "wrote": wrote}
+        files.write_json(state_file, state)
+        rows.append((name, seconds, "done", sorted(wrote)))
+    _summary(preset, rows)
+    return 0
+
+
+def _execute(root: Path, source: Path, target: Path, parameters: dict) -> str | None:
+    """Run one notebook; None, or the failing cell's number and error."""
+    click.echo(f"{source.stem} ...")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        papermill.execute_notebook(
+            str(source),
+            str(target),
+            parameters,
+            kernel_name="python3",
+            progress_bar=not trajectories.quiet(True),
+            cwd=str(root),
+            log_output=False,
+        )
+    except PapermillExecutionError as error:
+        return f"[{error.exec_count}] of {target.relative_to(root)}: {error.ename}: {error.evalue}"
+    return None
+
+
+def _summary(preset: str, rows: list[tuple[str, float, str, list[str]]]) -> None:
+    click.echo(f"\n{'notebook':<16}{'seconds':>8}  {'result':<12}wrote")
+    for name, seconds, result, wrote in rows:
+        names = ", ".join(Path(path).name for path in wrote) or "-"
+        click.echo(f"{name:<16}{seconds:>8.0f}  {result:<12}{names}")
+    if all(result == "up to date" for _, _, result, _ in rows):
+        click.echo(f"everything in figures/{preset}/ is up to date")
+
+
+def _typed(value: str) -> object:
+    """A parameter from the command line as JSON would read it, else as text."""
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def _cells(path: Path) -> str:
+    """The code of a notebook, without outputs and text."""
+    notebook = nbformat.read(path, as_version=4)
+    return json.dumps([cell.source for cell in notebook.cells if cell.cell_type == "code"])
+
+
+def _package_hash() -> str:
+    """A hash of all that the notebooks import and load from the package."""
+    package = ASSETS.parent
+    paths = sorted(p for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    return _hash(*(f"{p.relative_to(package)}:{files.sha256(p)}" for p in paths))
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _figures(root: Path, preset: str) -> dict[str, str]:
+    folder = root / "figures" / preset
+    return {str(p.relative_to(root)): files.sha256(p) for p in sorted(folder.glob("*")) if p.is_file()}
+
+
+def _written(root: Path, preset: str, before: dict[str, str], start: float) -> dict[str, str]:
+    """Figures that changed, or that were written again with the same bytes, since `start`."""
+    after = _figures(root, preset)
+    return {p: h for p, h in after.items() if before.get(p) != h or (root / p).stat().st_mtime >= start - 1}
+
+
+def _is_up_to_date(root: Path, entry: dict | None, wanted: str) -> bool:
+    if not entry or entry["hash"] != wanted:
+        return False
+    return all((root / p).exists() and files.sha256(root / p) == digest for p, digest in entry["wrote"].items())

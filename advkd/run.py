@@ -1,0 +1,122 @@
+"""A training run on disk: progress, curves as CSV and TensorBoard, checkpoints, the finished pipeline."""
+
+import csv
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm.auto import tqdm
+
+from advkd.discriminator import make_discriminator
+from advkd.files import differences, read_checkpoint_state, write_csv, write_json
+from advkd.pipeline import StudentPipeline
+from advkd.presets import Preset, UserError
+from advkd.presets import asdict as preset_fields
+from advkd.student import Student
+from advkd.train_advkd import CHECKPOINT_EVERY, Plan, TrainRecord, train_advkd
+from advkd.trajectories import TrajectoryStore, quiet
+
+CHECKPOINT, CURVES, PIPELINE, PRESET = "checkpoint.safetensors", "curves.csv", "student", "preset.json"
+
+
+def train_run(
+    preset: Preset,
+    trajectories: TrajectoryStore,
+    folder: Path | str,
+    *,
+    images: Tensor | None = None,
+    resume: bool = True,
+    device: str = "auto",
+    progress: bool = True,
+) -> Iterator[TrainRecord]:
+    """Train the preset's student in `folder`; yields all its records, those of an earlier, interrupted call first.
+
+    The folder then holds `student/` (a StudentPipeline), `curves.csv`, TensorBoard events in `logs/`, the checkpoint and
+    the preset. A finished run is only read. Raises UserError when the folder is another preset's or, without
+    `resume`, when it holds a run already.
+    """
+    folder = Path(folder)
+    if (folder / CHECKPOINT).exists() and not resume:
+        raise UserError(f"{folder} holds a run already; resume it, choose another folder or remove it")
+    earlier = _earlier(folder, preset)
+    yield from earlier
+    if (folder / PIPELINE / "model_index.json").exists():
+        return
+    write_json(folder / PRESET, preset_fields(preset))
+    student, records = Student.from_preset(preset), list(earlier)
+    steps = train_advkd(
+        student,
+        lambda k: make_discriminator(preset, k),
+        trajectories,
+        preset,
+        images=images,
+        checkpoint=folder / CHECKPOINT,
+        resume=resume,
+        device=device,
+    )
+    total = Plan(preset, len(trajectories)).steps
+    bar = tqdm(total=total, initial=len(earlier), desc=f"train {preset.recipe}", unit="step", disable=quiet(progress))
+    with bar, SummaryWriter(folder / "logs", purge_step=len(earlier)) as board:
+        for record in steps:
+            records.append(record)
+            if record.step % CHECKPOINT_EVERY == 0 or record.step == total:
+                write_csv(folder / CURVES, records)
+            if record.step % 20 == 0:
+                _log(board, record)
+                bar.set_postfix(
+                    stage=record.stage, critic=f"{record.critic_loss:.2f}", student=f"{record.student_loss:.2f}"
+                )
+            bar.update()
+            yield record
+    StudentPipeline(student).save_pretrained(folder / PIPELINE)
+
+
+def _earlier(folder: Path, preset: Preset) -> list[TrainRecord]:
+    """The records up to the last checkpoint."""
+    if not (folder / CHECKPOINT).exists():
+        return []
+    state = read_checkpoint_state(folder / CHECKPOINT)
+    if different := differences(state["preset"], preset_fields(preset)):
+        raise UserError(
+            f"{folder} belongs to another preset ({'; '.join(different)}); choose another folder or remove it"
+        )
+    return read_curves(folder)[: state["step"]]
+
+
+def read_curves(folder: Path | str) -> list[TrainRecord]:
+    """The records of a run, from its CSV."""
+    kinds = {field.name: field.type for field in fields(TrainRecord)}
+    with (Path(folder) / CURVES).open(newline="", encoding="utf-8") as file:
+        return [
+            TrainRecord(**{name: _parse(value, kinds[name]) for name, value in row.items()})
+            for row in csv.DictReader(file)
+        ]
+
+
+def _parse(value: str, kind: type) -> int | float | None:
+    return None if value == "" else int(value) if kind is int else float(value)
+
+
+def _log(board: SummaryWriter, record: TrainRecord) -> None:
+    for name, value in asdict(record).items():
+        if name not in ("step", "images_seen") and value is not None:
+            board.add_scalar(name, value, record.step)
+
+
+def finish(records: Iterable[TrainRecord]) -> TrainRecord:
+    """Run a training to its end; returns its last record."""
+    for record in records:
+        last = record
+    return last
+
+
+def load_run(folder: Path | str) -> StudentPipeline:
+    """The finished student of a run folder, or a pipeline folder itself. Raises UserError when it is neither."""
+    for path in (Path(folder) / PIPELINE, Path(folder)):
+        if (path / "model_index.json").exists():
+            pipeline = StudentPipeline.from_pretrained(path)
+            pipeline.student.eval()
+            return pipeline
+    raise UserError(f"{folder} holds no student; train one with: python -m advkd train --out {folder}")

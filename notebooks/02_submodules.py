@@ -1,0 +1,155 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 2. The submodules
+#
+# **What you will learn:** how eleven denoising phases become eleven small submodules, where the paper's 2,429,937
+# parameters sit, why 1,721,235 of them are enough once training is over, and what the improved student changes.
+#
+# **What you need:** the trajectories of notebook 1's teacher; this notebook makes them if they are missing.
+# **How long:** three minutes on two CPU cores the first time, twenty seconds after that.
+
+# %% tags=["parameters"]
+preset: str = "digits"  # the experiment: digits or celebahq
+recipe: str = "improved"  # the student whose heads are drawn: improved or paper
+teacher: str = ""  # another teacher: a folder in diffusers format, or a hub id
+peek_steps: int = 200  # training steps before the heads are drawn
+
+# %%
+import pandas as pd
+import torch
+
+from advkd.data import load_images, seeded_noise
+from advkd.discriminator import Discriminator
+from advkd.figures import save_figure, save_table, show_strip, start_notebook
+from advkd.presets import load_preset
+from advkd.run import finish, load_run, train_run
+from advkd.student import Student, count_parameters
+from advkd.teacher import load_teacher
+from advkd.trajectories import generate_trajectories, trajectory_dir
+
+start_notebook()
+p = load_preset(preset, recipe)
+
+# %% [markdown]
+# ## The paper's student
+#
+# Submodule $k$ maps the features of submodule $k - 1$ to its own; a *terminal* turns its features into an image, so that a
+# critic can compare it with the teacher's state $k + 1$. The resolution doubles with every second submodule,
+#
+# $$\text{resolution}(k) = 2^{\lfloor k / 2 \rfloor + 3} = 8, 8, 16, 16, \dots, 128, 128, 256.$$
+
+# %%
+paper = load_preset("celebahq", "paper")
+student = Student.from_preset(paper)
+rows = [
+    {
+        "submodule": k,
+        "resolution_px": paper.resolution(k),
+        "layers": count_parameters(stage.layers),
+        "terminal": count_parameters(stage.terminal),
+        "critic": count_parameters(Discriminator(paper.resolution(k))),
+    }
+    for k, stage in enumerate(student.stages)
+]
+pd.DataFrame(rows).set_index("submodule")
+
+# %%
+megabytes = {"parameters": "float32, 4 bytes a parameter"}
+_ = save_table(rows, megabytes, f"figures/{preset}", "paper_submodules")
+
+# %% [markdown]
+# Most of the weight sits in the late submodules, and nearly a third of it in heads that only training needs: one-step
+# sampling runs submodules 0 to 10 and the *last* terminal. Dropping the other ten changes no pixel.
+
+# %%
+generator = student.generator()
+sizes = {
+    "teacher (paper)": 113_673_219,
+    "student with its heads": count_parameters(student),
+    "deployable generator": count_parameters(generator),
+}
+pd.DataFrame({"parameters": sizes, "MiB (float32)": {k: round(n * 4 / 2**20, 2) for k, n in sizes.items()}})
+
+# %%
+assert count_parameters(student) == 2_429_937 and count_parameters(generator) == 1_721_235
+latent = torch.randn(2, 3, 4, 4)
+assert torch.equal(student.eval()(latent), generator.eval()(latent))
+
+# %% [markdown]
+# The paper gives 113.7M parameters and 455 MB (454.69 MB) for its teacher, 2.4M and 9 MB (9.27 MiB) for its student.
+#
+# ## The improved student
+#
+# The same idea, other proportions: residual submodules, so that a phase *corrects* an image instead of redrawing it; heads
+# of a single convolution, so that the denoising happens in the submodules and not in the heads.
+
+# %%
+ours = Student.from_preset(p)
+shapes, features = [], torch.randn(2, p.channels, 4, 4)
+for k, stage in enumerate(ours.eval().stages):
+    features = stage.layers(features)
+    counts = {"layers": count_parameters(stage.layers), "terminal": count_parameters(stage.terminal)}
+    shapes.append({"submodule": k, "features": "x".join(map(str, features.shape[1:])), **counts})
+_ = save_table(shapes, {"recipe": recipe, "dtype": "float32"}, f"figures/{preset}", "submodules")
+pd.DataFrame(shapes).set_index("submodule")
+
+# %%
+print(f"{count_parameters(ours):,} parameters, {count_parameters(ours.generator()):,} of them deployable")
+
+# %% [markdown]
+# ## The latent
+#
+# The student's input is state 0 as a $4 \times 4$ map. The published code saves the noise as a clamped 8-bit PNG and shrinks
+# it, which averages the noise away; sampling then feeds $\mathcal N(0, 1)$, which the student has never seen. The mean of a
+# block of $b \times b$ pixels *times $b$* is an orthonormal projection: it is $\mathcal N(0, 1)$ exactly.
+
+# %%
+from advkd.data import make_latent
+
+noise = seeded_noise(range(2000), p.image_shape, seed=0)
+spread = {how: round(make_latent(noise, how).std().item(), 2) for how in ("shrink8bit", "block-mean")}
+spread
+
+# %% [markdown]
+# At 16 px the published latent has a standard deviation of 0.13; at the paper's 256 px it is sixteen times smaller.
+#
+# ## Eleven heads
+#
+# First the teacher's states, area-averaged to each submodule's resolution: these are the targets.
+
+# %%
+model = load_teacher(p, teacher or None)
+store = generate_trajectories(model, p, trajectory_dir(model, p))
+images = load_images(p, "train")[0] if p.real_share else None
+
+# %% [markdown]
+# Then the student's heads after a short training run of a few seconds: the early ones settle first. Notebook 3 trains
+# in earnest.
+
+# %%
+peek = p.replace(steps=peek_steps)
+_ = finish(train_run(peek, store, peek.run_dir, images=images))
+pipeline = load_run(peek.run_dir)
+
+# %%
+index = [3]
+heads = [pipeline(noise=noise[index], stage=k, output_type="pt").images[0] for k in range(p.submodules)]
+targets = [store.targets(k, p.target)[index[0]] for k in range(p.submodules)]
+labels = [f"k = {k}\n{size} px" for k, size in enumerate(p.resolutions)]
+figure = show_strip({"teacher": targets, "student": heads}, labels, p.image_size_px)
+_ = save_figure(figure, f"figures/{preset}", "heads")
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. `Student(widths=(48, 16), submodules=5, ...)`: how do the resolutions spread? (`resolution` in `advkd/presets.py` is
+#    three lines.)
+# 2. Swap the residual block for your own: add a function to `BLOCKS` in `advkd/student.py` and name it in the preset.
+# 3. Which submodule costs most time at 256 px? Count multiplications: parameters times pixels.

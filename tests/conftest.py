@@ -1,0 +1,92 @@
+"""Tiny stand-ins for what the package works on: a random teacher, two presets and a store of trajectories."""
+
+import matplotlib
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from advkd.presets import load_preset
+from advkd.teacher import load_teacher
+from advkd.trajectories import generate_trajectories
+
+TINY = dict(
+    trajectories=12,
+    shard_size=5,
+    sampler_steps=10,
+    submodules=3,
+    widths=(4, 6),
+    batch_sizes=(4,),
+    epochs=1,
+    steps=6,
+    teacher_dtype="float32",
+    train_dtype="float32",
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet_and_single_threaded():
+    matplotlib.use("agg")
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ADVKD_PROGRESS", "0")
+        yield
+
+
+@pytest.fixture(scope="session")
+def make_unet():
+    """A factory of tiny U-Nets with random weights that follow from `seed`."""
+
+    def make(size_px=16, channels=1, blocks=2, dropout=0.0, seed=0):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return UNet2DModel(
+                sample_size=size_px,
+                in_channels=channels,
+                out_channels=channels,
+                layers_per_block=1,
+                block_out_channels=(4,) * blocks,
+                down_block_types=("DownBlock2D",) * blocks,
+                up_block_types=("UpBlock2D",) * blocks,
+                norm_num_groups=2,
+                add_attention=False,
+                dropout=dropout,
+            )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def linear_schedule():
+    """A factory of the DDPM paper's noise schedule."""
+    return lambda **config: DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", **config)
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory, make_unet, linear_schedule):
+    """A tiny teacher in diffusers format: unet/ and scheduler/."""
+    folder = tmp_path_factory.mktemp("teacher")
+    DDPMPipeline(make_unet(), linear_schedule()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def improved(teacher_folder):
+    """The improved recipe, joint and with a moving average, in 6 steps."""
+    return load_preset("digits", "improved", teacher=str(teacher_folder), ema=0.9, **TINY)
+
+
+@pytest.fixture(scope="session")
+def paper(teacher_folder):
+    """The paper's recipe in three stages of 3, 6 and 9 steps."""
+    return load_preset("digits", "paper", teacher=str(teacher_folder), **TINY)
+
+
+@pytest.fixture(scope="session")
+def teacher(improved):
+    return load_teacher(improved)
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory, teacher, improved):
+    """Twelve trajectories in three shards; tests read it and leave it as it is."""
+    return generate_trajectories(teacher, improved, tmp_path_factory.mktemp("store") / "trajectories")

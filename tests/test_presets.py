@@ -1,0 +1,125 @@
+import copy
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+
+from advkd.presets import Preset, UserError, asdict, config_hash, load_preset, resolution, stage_times
+
+
+def test_unknown_preset_lists_the_presets():
+    with pytest.raises(UserError, match="no preset 'mnist'; presets: digits, celebahq"):
+        load_preset("mnist")
+
+
+def test_unknown_recipe_lists_the_recipes():
+    with pytest.raises(UserError, match="no recipe 'best'; recipes: paper, improved"):
+        load_preset("digits", "best")
+
+
+@pytest.mark.parametrize("change", [lambda **k: load_preset("digits", **k), load_preset("digits").replace])
+def test_unknown_field_lists_the_fields(change):
+    with pytest.raises(UserError, match="no field 'batch'") as error:
+        change(batch=3)
+    listed = str(error.value).split("fields: ")[1].split(", ")
+    assert listed == [field.name for field in dataclasses.fields(Preset)]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("image_size_px", 24, "image_size_px is 24, but must be a power of two, 8 or more"),
+        ("image_size_px", 4, "image_size_px is 4, but must be a power of two, 8 or more"),
+        ("submodules", 0, "submodules is 0, but 16 px needs one for each doubling from 8 px: 2"),
+        ("submodules", 1, "submodules is 1, but 16 px needs one for each doubling from 8 px: 2"),
+        ("widths", (8,), "widths has 1 entries .* 16 px has 2 resolutions"),
+        ("sampler_steps", 30, "sampler_steps is 30, but must divide 1000"),
+        ("sampler", "euler", "sampler is 'euler', but must be one of 'ddpm', 'ddim'"),
+        ("block", "dense", "block is 'dense', but must be one of 'plain', 'residual'"),
+        ("train_dtype", "float16", "train_dtype is 'float16', but must be one of 'float32', 'bfloat16'"),
+        ("real_share", 1.5, "real_share is 1.5, but must lie in"),
+        ("ema", -0.1, "ema is -0.1, but must lie in"),
+        ("trajectories", 0, "trajectories is 0, but must be positive"),
+        ("learning_rate", -1e-4, "learning_rate is -0.0001, but must be positive"),
+        ("penalty_every", 0, "penalty_every is 0, but must be positive"),
+    ],
+)
+def test_bad_values_are_named(field, value, message):
+    with pytest.raises(UserError, match=message):
+        load_preset("digits", **{field: value})
+
+
+def test_a_preset_is_frozen_and_replace_leaves_it_alone():
+    preset = load_preset("digits")
+    other = preset.replace(seed=7)
+    assert (preset.seed, other.seed) == (0, 7)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        preset.seed = 7
+
+
+def test_hash_of_a_plain_dict_is_the_same_everywhere():
+    assert config_hash({"name": "digits", "seed": 0, "betas": [0.5, 0.999]}) == "dde39943942f"
+    assert config_hash({"seed": 0, "betas": [0.5, 0.999], "name": "digits"}) == "dde39943942f"
+
+
+@pytest.mark.parametrize("seed", ["1", "2"])
+def test_hash_is_the_same_in_another_process(seed):
+    code = "from advkd.presets import load_preset; print(load_preset('digits', 'paper').config_hash)"
+    environment = os.environ | {"PYTHONHASHSEED": seed}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == load_preset("digits", "paper").config_hash
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Preset)])
+def test_hash_changes_with_every_field(field):
+    preset = load_preset("digits")
+    other = copy.copy(preset)
+    object.__setattr__(other, field, "another value")
+    assert other.config_hash != preset.config_hash
+    assert field in asdict(preset)
+
+
+def test_run_folders_of_two_configurations_differ():
+    preset = load_preset("digits")
+    assert preset.run_dir.parts[:2] == ("runs", "digits")
+    assert len({preset.run_dir, preset.replace(seed=1).run_dir, load_preset("digits", "paper").run_dir}) == 3
+
+
+def test_resolution_is_the_papers_at_its_size():
+    assert [resolution(k, 11, 256) for k in range(11)] == [2 ** (k // 2 + 3) for k in range(11)]
+    assert load_preset("celebahq").resolutions == (8, 8, 16, 16, 32, 32, 64, 64, 128, 128, 256)
+
+
+@pytest.mark.parametrize(("submodules", "size_px"), [(1, 8), (2, 16), (3, 16), (11, 16), (5, 64), (11, 64), (6, 256)])
+def test_resolutions_double_from_8_px_to_the_image(submodules, size_px):
+    sizes = [resolution(k, submodules, size_px) for k in range(submodules)]
+    assert sizes[0] == 8 and sizes[-1] == size_px
+    assert all(after in (before, 2 * before) for before, after in zip(sizes, sizes[1:], strict=False))
+
+
+def test_stage_times_are_the_papers_for_11_submodules():
+    assert stage_times(11) == tuple(1099 - 100 * j for j in range(1, 11))
+    assert stage_times(3) == (999, 499)
+    assert stage_times(1) == ()
+
+
+def test_the_papers_recipe_at_its_size():
+    p = load_preset("celebahq", "paper")
+    assert (p.teacher, p.image_size_px, p.channels) == ("google/ddpm-celebahq-256", 256, 3)
+    assert (p.trajectories, p.sampler, p.sampler_steps) == (20_000, "ddpm", 1000)
+    assert (p.submodules, p.widths, p.block, p.head) == (11, (16, 32, 64, 128, 128, 128), "plain", "terminal")
+    assert (p.latent, p.target, p.critic) == ("shrink8bit", "xt", "conditional")
+    assert (p.schedule, p.epochs) == ("staged", 10)
+    assert [p.batch_size(k) for k in range(11)] == [64] * 8 + [32, 16, 16]
+    assert (p.learning_rate, p.betas, p.decay_share) == (1e-4, (0.5, 0.999), 0)
+    assert (p.penalty, p.penalty_weight, p.penalty_every) == ("gp+clip", 10, 1)
+    assert (p.reconstruction_weight, p.real_share, p.fresh_share, p.ema) == (0, 0, 0, 0)
+    assert p.train_dtype == "float32"
+
+
+def test_the_digits_paper_recipe_differs_only_in_scale():
+    scale = "name data image_size_px channels teacher teacher_dtype trajectories sampler_steps shard_size widths"
+    large, small = asdict(load_preset("celebahq", "paper")), asdict(load_preset("digits", "paper"))
+    assert {field for field in large if large[field] != small[field]} <= set(scale.split())
