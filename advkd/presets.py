@@ -222,10 +222,10 @@ _RECIPES = {
         real_share=0.5,
         schedule="joint",
         epochs=1,  # joint training counts steps
-        steps=4000,
+        steps=3500,
         batch_sizes=(64,),
-        fresh_share=0.5,
-        reconstruction_weight=0.3,
+        fresh_share=0.75,
+        reconstruction_weight=0.1,
         learning_rate=1e-3,
         betas=(0.0, 0.99),
         decay_share=0.4,
@@ -234,10 +234,10 @@ _RECIPES = {
     ),
 }
 # What depends on both: how wide, and on how many trajectories of which sampler. The paper's 20,000 trajectories of 1000
-# steps would take two CPU cores six hours on the digits, so these have 2,000 of 100.
+# steps would take two CPU cores six hours on the digits, so these have 1,500 of 100.
 _SCALES = {
-    ("digits", "paper"): dict(widths=(16, 32), trajectories=2000, sampler="ddpm", sampler_steps=100),
-    ("digits", "improved"): dict(widths=(48, 16), trajectories=5000, sampler="ddim", sampler_steps=50),
+    ("digits", "paper"): dict(widths=(16, 32), trajectories=1500, sampler="ddpm", sampler_steps=100),
+    ("digits", "improved"): dict(widths=(44, 16), trajectories=5000, sampler="ddim", sampler_steps=50),
     ("celebahq", "paper"): dict(
         widths=(16, 32, 64, 128, 128, 128), trajectories=20_000, sampler="ddpm", sampler_steps=1000
     ),

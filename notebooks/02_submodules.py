@@ -139,7 +139,7 @@ _ = finish(train_run(peek, store, peek.run_dir, images=images))
 pipeline = load_run(peek.run_dir)
 
 # %%
-index = [3]
+index = [2]
 heads = [pipeline(noise=noise[index], stage=k, output_type="pt").images[0] for k in range(p.submodules)]
 targets = [store.targets(k, p.target)[index[0]] for k in range(p.submodules)]
 labels = [f"k = {k}\n{size} px" for k, size in enumerate(p.resolutions)]

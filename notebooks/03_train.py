@@ -21,7 +21,7 @@ preset: str = "digits"  # the experiment: digits or celebahq
 recipe: str = "improved"  # the recipe that is trained first
 teacher: str = ""  # another teacher: a folder in diffusers format, or a hub id
 steps: int = 0  # optimizer steps of the improved recipe; 0: the preset's
-paper_epochs: float = 1.0  # stage k of the paper's recipe trains for this times (k + 1) epochs; the paper: 10
+paper_epochs: float = 0.5  # stage k of the paper's recipe trains for this times (k + 1) epochs; the paper: 10
 seed: int = 0  # seed of weights and batches
 
 # %%
@@ -59,17 +59,17 @@ print(len(store), "trajectories for the improved recipe,", len(paper_store), "fo
 # The critic $D$ and the student $G$ play
 #
 # $$L_D = \mathbb E\,\mathrm{softplus}(-D(x)) + \mathbb E\,\mathrm{softplus}(D(G(z)))
-#         + \tfrac{\gamma}{1}\,\mathbb E\,\lVert\nabla_x D(x)\rVert^2,$$
+#         + \gamma\,\mathbb E\,\lVert\nabla_x D(x)\rVert^2,$$
 # $$L_G = \mathbb E\,\mathrm{softplus}(-D(G(z))) + \lambda \sum_k \mathbb E\,\lvert G_k(z) - \hat x_0^{(k)}\rvert.$$
 #
 # - **All submodules at once.** The critic judges the last image; every head $G_k$ is pulled to the teacher's guess at its
-#   time by an L1 term, on the half of the batch that has a trajectory.
-# - **Half of each batch are fresh latents**, so that the student is trained where it will be sampled.
+#   time by an L1 term, on the quarter of the batch that has a trajectory.
+# - **Three quarters of each batch are fresh latents**, so that the student is trained where it will be sampled.
 # - **R1 alone**, on real images, every eighth step: a penalty, but no clipping and no BatchNorm in the critic.
 # - **The critic's real images** are the teacher's samples and real training images, half and half.
 # - A moving average of the weights is what gets reported.
 
-# %%
+# %% tags=["nbval-ignore-output"]
 fields = {
     "critic_loss": "critic loss",
     "student_loss": "student loss",
@@ -88,7 +88,7 @@ _ = save_figure(figure, f"figures/{preset}", "training_curves")
 # %%
 student = load_run(p.run_dir)
 noise = seeded_noise(range(len(store)), p.image_shape, p.trajectory_seed)
-pick = 3
+pick = 2
 heads = [student(noise=noise[[pick]], stage=k, output_type="pt").images[0] for k in range(p.submodules)]
 targets = [store.targets(k, p.target)[pick] for k in range(p.submodules)]
 labels = ["noise", *(f"state {k + 1}" for k in range(p.submodules))]
@@ -107,10 +107,10 @@ _ = save_figure(figure, f"figures/{preset}", "strip")
 #         + 10\,\mathbb E\,(\lVert\nabla_{\tilde x} D(\tilde x, z)\rVert_2 - 1)^2,$$
 #
 # after which every weight of the critic is clamped to $[-0.1, 0.1]$. No reconstruction term. Layers, losses, batches and
-# optimizers below are exactly these; only the number of epochs is a tenth by default (`paper_epochs`), and image size,
+# optimizers below are exactly these; only the number of epochs is a twentieth by default (`paper_epochs`), and image size,
 # number of trajectories and respacing are those of the digits.
 
-# %%
+# %% tags=["nbval-ignore-output"]
 fields = {"critic_loss": "critic loss", "student_loss": "student loss", "penalty": "(gradient norm - 1)$^2$"}
 paper_records = live_curves(train_run(paper, paper_store, paper.run_dir), fields, every=1000)
 
@@ -167,7 +167,7 @@ _ = save_figure(figure, f"figures/{preset}", "recipes")
 # and is sampled at 1 (notebook 2), and its first targets are noise that has been averaged to grey (notebook 1).
 
 # %%
-if not steps and paper_epochs == 1 and preset == "digits":  # what this notebook claims, at its default settings
+if not steps and paper_epochs == 0.5 and preset == "digits":  # what this notebook claims, at its default settings
     assert slopes[0]["gradient_norm"] < 0.2 * slopes[1]["gradient_norm"]
     assert records[-1].reconstruction_loss < 0.75 * records[0].reconstruction_loss
     assert student(64, output_type="pt").images.std(0).mean() > 2 * collapsed(64, output_type="pt").images.std(0).mean()

@@ -72,7 +72,8 @@ def teacher_folder(tmp_path_factory, make_unet, linear_schedule):
 @pytest.fixture(scope="session")
 def improved(teacher_folder):
     """The improved recipe, joint and with a moving average, in 6 steps."""
-    return load_preset("digits", "improved", teacher=str(teacher_folder), ema=0.9, **TINY)
+    chosen = dict(ema=0.9, real_share=0.5, fresh_share=0.5, reconstruction_weight=0.3, learning_rate=1e-3)
+    return load_preset("digits", "improved", teacher=str(teacher_folder), **chosen, **TINY)
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,16 @@ import torch
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
-from advkd.data import batch_generator, from_uint8, load_images, make_latent, sample_generators, sample_noise
-from advkd.data import seeded_noise, to_uint8
+from advkd.data import (
+    batch_generator,
+    from_uint8,
+    load_images,
+    make_latent,
+    sample_generators,
+    sample_noise,
+    seeded_noise,
+    to_uint8,
+)
 from advkd.presets import UserError, load_preset
 
 PRESET = load_preset("digits")

@@ -67,13 +67,13 @@ def test_gradient_penalty_is_taken_between_real_and_fake():
 
     penalty = losses.gradient_penalty(critic, real, fake, weight)
     torch.testing.assert_close(seen[0][:, 0, 0, 0], torch.tensor([-1.0, 0.5, 2.0]))
-    assert float(penalty) == pytest.approx(((4 - 1) ** 2 + (2 - 1) ** 2 + (8 - 1) ** 2) / 3)
+    assert penalty.item() == pytest.approx(((4 - 1) ** 2 + (2 - 1) ** 2 + (8 - 1) ** 2) / 3)
 
 
 def test_r1_by_hand_of_a_quadratic_critic():
     real = torch.randn(4, 1, 3, 3, dtype=torch.float64)
     penalty = losses.r1_penalty(lambda x: x.square().sum((1, 2, 3)), real)
-    assert float(penalty) == pytest.approx(float((2 * real).square().sum() / 4))
+    assert penalty.item() == pytest.approx(float((2 * real).square().sum() / 4))
 
 
 @pytest.mark.parametrize("kind", ["gp", "r1"])

@@ -3,6 +3,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 
@@ -96,7 +97,7 @@ def test_resolution_is_the_papers_at_its_size():
 def test_resolutions_double_from_8_px_to_the_image(submodules, size_px):
     sizes = [resolution(k, submodules, size_px) for k in range(submodules)]
     assert sizes[0] == 8 and sizes[-1] == size_px
-    assert all(after in (before, 2 * before) for before, after in zip(sizes, sizes[1:], strict=False))
+    assert all(after in (before, 2 * before) for before, after in pairwise(sizes))
 
 
 def test_stage_times_are_the_papers_for_11_submodules():

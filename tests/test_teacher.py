@@ -50,7 +50,9 @@ def test_half_precision_weights_are_widened(tmp_path, improved, make_unet, linea
     assert unet.dtype == torch.float32
     loaded = load_teacher(improved, str(tmp_path)).unet
     assert loaded.dtype == torch.float32
-    assert all(torch.equal(p, q.half().float()) for p, q in zip(loaded.parameters(), make_unet().parameters(), strict=True))
+    assert all(
+        torch.equal(p, q.half().float()) for p, q in zip(loaded.parameters(), make_unet().parameters(), strict=True)
+    )
 
 
 def test_scheduler_class_is_kept(tmp_path, improved, make_unet):
@@ -96,7 +98,7 @@ def test_a_folder_without_a_teacher_is_refused(tmp_path, improved):
 
 def test_a_teacher_without_a_scheduler_is_refused(tmp_path, improved, make_unet):
     make_unet().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="scheduler_config.json"):
+    with pytest.raises(UserError, match=r"scheduler_config\.json"):
         load_teacher(improved, str(tmp_path))
 
 
@@ -148,7 +150,7 @@ def test_the_shipped_teacher_is_small_and_fits_the_digits():
     folder = ASSETS / "digits-teacher"
     files = [file for file in folder.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 3e6
-    assert {file.suffix for file in files} == {".json", ".safetensors"}
+    assert {file.suffix for file in files} <= {".json", ".safetensors", ".csv", ".md"}
     teacher = load_teacher(load_preset("digits"))
     assert teacher.parameters == 1_062_497
     assert all(p.isfinite().all() for p in teacher.unet.parameters())
@@ -203,7 +205,9 @@ def test_heldout_images_are_only_measured(linear_schedule, make_unet):
     images, ends = torch.rand(6, 1, 8, 8) * 2 - 1, []
     for heldout in (images[:2], -images[2:4]):
         unet = make_unet(8, blocks=1)
-        ends.append([r.heldout_loss for r in train_teacher(unet, linear_schedule(), images, heldout, steps=2, batch_size=2)])
+        ends.append(
+            [r.heldout_loss for r in train_teacher(unet, linear_schedule(), images, heldout, steps=2, batch_size=2)]
+        )
         ends[-1].append(unet.state_dict())
     assert ends[0][1] != ends[1][1]
     assert same(ends[0][2], ends[1][2])

@@ -1,0 +1,130 @@
+import json
+import re
+
+import click
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from advkd.__main__ import cli
+from advkd.data import load_images
+from advkd.evaluation import Metric, sample_student
+from advkd.pipeline import StudentPipeline
+from advkd.presets import load_preset
+from advkd.student import Student
+
+COMMANDS = ["evaluate", "extractor", "reproduce", "sample", "teacher", "train", "trajectories"]
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory, improved):
+    folder = tmp_path_factory.mktemp("student")
+    StudentPipeline(Student.from_preset(improved)).save_pretrained(folder)
+    return folder
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def assert_user_error(result, message):
+    """Exit status 2, one line that says what is wrong on stderr, nothing on stdout, no traceback."""
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert re.fullmatch(f"advkd: error: [^\n]*{message}[^\n]*\n", result.stderr)
+    assert isinstance(result.exception, SystemExit)
+
+
+def test_the_commands_are_listed():
+    result = invoke("--help")
+    assert result.exit_code == 0
+    assert sorted(cli.commands) == COMMANDS
+    assert all(re.search(rf"^  {name} +\w", result.stdout, re.MULTILINE) for name in COMMANDS)
+    assert invoke("-h").stdout == result.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_lists_every_option_with_its_meaning(name):
+    result = invoke(name, "--help")
+    assert result.exit_code == 0
+    assert cli.commands[name].help in " ".join(result.stdout.split())
+    text = " ".join(result.stdout.split())
+    for option in cli.commands[name].params:
+        if isinstance(option, click.Option):
+            assert option.help and all(flag in text for flag in option.opts)
+            assert " ".join(option.help.split()) in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trajectories", "--preset", "mnist", "--out", "x"], "no preset 'mnist'; presets: digits, celebahq"),
+        (["train", "--recipe", "best", "--out", "x"], "no recipe 'best'; recipes: paper, improved"),
+        (["train", "--epochs", "0", "--out", "x", "--trajectories", "y"], "epochs is 0.0, but must be positive"),
+        (["train", "--trajectories", "nowhere", "--out", "x"], "nowhere holds no trajectories"),
+        (["sample", "nowhere", "--out", "x.png"], "nowhere holds no student"),
+        (["evaluate", "nowhere", "--out", "x.json"], "nowhere holds no student"),
+        (["teacher", "--preset", "celebahq", "--out", "x"], "'celebahq' are not embedded"),
+        (["extractor", "--preset", "celebahq", "--out", "x"], "'celebahq' are not embedded"),
+    ],
+)
+def test_user_errors_are_one_line_and_status_2(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert_user_error(invoke(*arguments), message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_teacher_is_not_overwritten(tmp_path):
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"")
+    assert_user_error(invoke("teacher", "--out", tmp_path), "holds an interrupted run; go on with --resume")
+
+
+@pytest.mark.parametrize("arguments", [["train"], ["sample"], ["train", "--out", "x", "--steps", "0"], ["paint"]])
+def test_usage_errors_are_status_2(arguments):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert "Error: " in result.stderr and "Traceback" not in result.output
+
+
+def test_an_interrupt_is_status_130(monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("advkd.run.load_run", interrupted)
+    assert invoke("sample", "student", "--out", "x.png").exit_code == 130
+
+
+def test_sample_writes_a_grid_that_follows_from_the_seed(tmp_path, student):
+    written = []
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        result = invoke("sample", student, "--count", 4, "--seed", seed, "--out", tmp_path / name / "grid.png")
+        assert result.exit_code == 0, result.output
+        assert result.stdout == f"4 images: {tmp_path / name / 'grid.png'}\n"
+        written.append((tmp_path / name / "grid.png").read_bytes())
+    assert written[0] == written[1] != written[2]
+    image = np.asarray(Image.open(tmp_path / "a" / "grid.png"))
+    assert image.shape == (2 * 18 + 2, 2 * 18 + 2, 3)  # 16 px and a frame of 2 px each
+    expected = sample_student(StudentPipeline.from_pretrained(student), 1, 5)[0, 0].numpy() / 2 + 0.5
+    np.testing.assert_allclose(image[2:18, 2:18, 0] / 255, expected, atol=1 / 255)
+
+
+def test_evaluate_writes_a_row_with_its_protocol(tmp_path, student):
+    out = tmp_path / "result.json"
+    result = invoke("evaluate", student, "--count", 64, "--seed", 3, "--out", out)
+    assert result.exit_code == 0, result.output
+    table = json.loads(out.read_text())
+    assert table.keys() == {"protocol", "rows"} and len(table["rows"]) == 1
+    row, protocol = table["rows"][0], table["protocol"]
+    assert (protocol["metric"], protocol["images"], protocol["sampling_seed"]) == ("FD-digits", 64, 3)
+    assert protocol["reference_train"] == "train split, 1197 images"
+    samples = sample_student(StudentPipeline.from_pretrained(student), 64, 3)
+    heldout = load_images(load_preset("digits"), "heldout")[0]
+    assert row["fd_heldout"] == pytest.approx(Metric().compare(samples, heldout)["fd"], rel=1e-6)
+    assert result.stdout.startswith(f"FD-digits {row['fd_train']:.3f} (train), {row['fd_heldout']:.3f} (held out)")
+
+
+def test_evaluate_refuses_too_few_images(tmp_path, student):
+    result = invoke("evaluate", student, "--count", 63, "--out", tmp_path / "result.json")
+    assert_user_error(result, "63 images are too few for 64 features")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,255 @@
+import json
+from importlib.metadata import version
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.linalg import eigvals
+
+from advkd import figures
+from advkd.data import from_uint8, load_images, make_latent, seeded_noise, to_uint8
+from advkd.evaluation import Metric, milliseconds, nearest, protocol, sample_student, student_row, teacher_row
+from advkd.extractor import Extractor, accuracy, load_extractor, register
+from advkd.pipeline import StudentPipeline
+from advkd.presets import UserError, load_preset
+from advkd.run import load_run
+from advkd.student import Student, count_parameters
+from advkd.train_advkd import TrainRecord
+
+
+@pytest.fixture(scope="module")
+def pipeline(improved):
+    return StudentPipeline(Student.from_preset(improved))
+
+
+@pytest.fixture(scope="module")
+def digits():
+    preset = load_preset("digits")
+    return load_images(preset, "train")[0][:200], load_images(preset, "heldout")[0][:200]
+
+
+@pytest.fixture(scope="module")
+def metric():
+    return Metric()
+
+
+def features(images):
+    with torch.no_grad():
+        return load_extractor().features(from_uint8(to_uint8(images))).double().numpy()
+
+
+def frechet(a, b):
+    root = np.sqrt(np.clip(eigvals(np.cov(a.T) @ np.cov(b.T)).real, 0, None))  # of the product's matrix square root
+    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T)) - 2 * root.sum()
+
+
+def kernel_distance(a, b):
+    """Unbiased squared MMD with KID's kernel, over all samples."""
+    n = len(a)
+    kaa, kbb, kab = ((x @ y.T / x.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
+    within = (kaa.sum() - np.trace(kaa) + kbb.sum() - np.trace(kbb)) / (n * (n - 1))
+    return within - 2 * kab.mean()
+
+
+def within_reach(a, b, neighbours=3):
+    """Share of `a` that lies within the distance of some sample of `b` to its third neighbour."""
+    radii = np.sort(np.linalg.norm(b[:, None] - b[None], axis=2), axis=1)[:, neighbours]
+    return (np.linalg.norm(a[:, None] - b[None], axis=2) <= radii).any(1).mean()
+
+
+def test_images_of_a_sample_do_not_depend_on_the_batch(pipeline):
+    together = pipeline(5, seed=2, first_index=3, output_type="pt").images
+    alone = [pipeline(1, seed=2, first_index=3 + i, output_type="pt").images for i in range(5)]
+    torch.testing.assert_close(torch.cat(alone), together, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(sample_student(pipeline, 5, 2, 3, batch_size=2), together, atol=1e-6, rtol=1e-5)
+    assert torch.equal(pipeline(5, seed=2, first_index=3, output_type="pt").images, together)
+    assert (pipeline(5, seed=3, first_index=3, output_type="pt").images - together).abs().max() > 1e-3
+
+
+def test_pipeline_is_the_student_of_the_block_mean_latent(pipeline):
+    noise = seeded_noise(range(3), (1, 16, 16), 7)
+    student = pipeline.student.eval()
+    for stage in (None, 0, 1, 2):
+        with torch.no_grad():
+            expected = student(make_latent(noise, "block-mean"), stage)
+        assert torch.equal(pipeline(3, 7, stage=stage, output_type="pt").images, expected)
+        assert torch.equal(pipeline(noise=noise, stage=stage, output_type="pt").images, expected)
+
+
+def test_output_types_show_the_same_images(pipeline):
+    pt = pipeline(2, output_type="pt").images
+    array = pipeline(2, output_type="np").images
+    pil = pipeline(2).images
+    assert pt.shape == (2, 1, 16, 16) and pt.abs().max() <= 1
+    assert array.shape == (2, 16, 16, 1) and array.min() >= 0 and array.max() <= 1
+    np.testing.assert_allclose(array, pt.permute(0, 2, 3, 1).numpy() / 2 + 0.5, atol=1e-6)
+    assert all(isinstance(image, Image.Image) and image.size == (16, 16) and image.mode == "L" for image in pil)
+    np.testing.assert_array_equal(np.stack([np.asarray(image) for image in pil])[..., None], (array * 255).round())
+
+
+def test_pipeline_refuses_what_does_not_exist(pipeline):
+    with pytest.raises(UserError, match="no output_type 'jpg'; output types: pil, np, pt"):
+        pipeline(1, output_type="jpg")
+    with pytest.raises(UserError, match="batch_size is 0, but must be at least 1"):
+        pipeline(0)
+    with pytest.raises(UserError, match="stage is 3"):
+        pipeline(1, stage=3)
+
+
+def test_a_saved_pipeline_is_the_same(tmp_path, pipeline):
+    pipeline.save_pretrained(tmp_path)
+    assert {file.suffix for file in tmp_path.rglob("*") if file.is_file()} == {".json", ".safetensors"}
+    expected = pipeline(3, seed=4, output_type="pt").images
+    for loaded in (StudentPipeline.from_pretrained(tmp_path), load_run(tmp_path)):
+        assert torch.equal(loaded(3, seed=4, output_type="pt").images, expected)
+
+
+def test_the_deployable_generator_is_a_pipeline_too(tmp_path, pipeline):
+    StudentPipeline(pipeline.student.generator()).save_pretrained(tmp_path)
+    images = load_run(tmp_path)(2, output_type="pt").images
+    assert torch.equal(images, pipeline(2, output_type="pt").images)
+
+
+def test_a_folder_without_a_student_is_named(tmp_path):
+    with pytest.raises(UserError, match="holds no student; train one with: python -m advkd train"):
+        load_run(tmp_path)
+
+
+def test_distances_are_those_computed_by_hand(metric, digits):
+    train, heldout = digits
+    noisy = (heldout + 0.5 * seeded_noise(range(200), (1, 16, 16), 0)).clamp(-1, 1)
+    a, b = features(noisy), features(train)
+    values = metric.compare(noisy, train)
+    assert values["fd"] == pytest.approx(frechet(a, b), rel=1e-3)
+    assert values["kid"] == pytest.approx(kernel_distance(a, b), rel=1e-3)
+    assert values["precision"] == pytest.approx(within_reach(a, b), abs=0.011)
+    assert values["recall"] == pytest.approx(within_reach(b, a), abs=0.011)
+    assert values["fd"] > 2 * metric.compare(heldout, train)["fd"]
+
+
+def test_images_are_at_no_distance_from_themselves(metric, digits):
+    values = metric.compare(digits[0], digits[0])
+    assert abs(values["fd"]) < 1e-3 and values["precision"] == values["recall"] == 1
+
+
+def test_evaluate_compares_with_both_splits(metric, digits):
+    train, heldout = digits
+    samples = train.flip(3)
+    row, on_train = metric.evaluate(samples, train, heldout), metric.compare(samples, train)
+    assert row["fd_heldout"] == metric.compare(samples, heldout)["fd"]
+    assert [row[name] for name in ("fd_train", "precision", "recall")] == [
+        on_train[n] for n in ("fd", "precision", "recall")
+    ]
+    assert row["kid_train"] == on_train["kid"]
+
+
+def test_too_few_images_are_refused_unless_wanted(metric, digits):
+    train, heldout = digits
+    for samples, reference in ((train[:63], heldout), (train, heldout[:63])):
+        with pytest.raises(UserError, match="63 images are too few for 64 features; take more, or say few=True"):
+            metric.compare(samples, reference)
+    assert metric.compare(train[:63], heldout, few=True)["fd"] > 0
+
+
+def test_the_metric_is_named_for_what_it_is(metric, tmp_path, digits):
+    p = protocol(metric, 10, 3, *digits)
+    assert p["metric"] == metric.label == "FD-digits"
+    assert p["extractor"] == metric.extractor and p["extractor"].startswith("digits-")
+    assert (p["features"], p["images"], p["sampling_seed"]) == (64, 10, 3)
+    assert p["reference_train"] == "train split, 200 images"
+    assert p["versions"].keys() == {"python", "torch", "diffusers", "torch-fidelity", "scikit-learn"}
+    assert p["versions"]["torch"] == version("torch")
+    json.dumps(p)
+    with pytest.raises(UserError, match="is no Inception weights file; give one, or 'download'"):
+        Metric(inception=tmp_path / "weights.pth")
+    with pytest.raises(UserError, match="holds no feature extractor"):
+        Metric(folder=tmp_path)
+
+
+def test_inception_weights_are_part_of_the_protocol(tmp_path):
+    (tmp_path / "weights.pth").write_bytes(b"weights")
+    inception = Metric(inception=tmp_path / "weights.pth")
+    assert (inception.label, inception.features) == ("FID", 2048)
+    assert inception.protocol()["weights_sha256"].startswith("9a129038")
+    with pytest.raises(UserError, match="100 images are too few for 2048 features"):
+        inception.compare(torch.zeros(100, 1, 16, 16), torch.zeros(100, 1, 16, 16))
+
+
+def test_extractors_are_registered_by_their_weights():
+    torch.manual_seed(0)
+    first, second = Extractor(), Extractor()
+    names = [register(model, "test") for model in (first, second, first, load_extractor())]
+    assert names[0] == names[2] and len(set(names)) == 3
+
+
+def test_the_shipped_extractor_knows_the_held_out_digits():
+    extractor = load_extractor()
+    assert accuracy(extractor, *load_images(load_preset("digits"), "heldout")) >= 0.98
+    assert extractor.features(torch.zeros(2, 1, 16, 16)).shape == (2, 64)
+
+
+def test_nearest_finds_the_reference_a_sample_came_from(digits):
+    train, _ = digits
+    order = torch.tensor([17, 3, 99])
+    assert torch.equal(nearest(train[order] + 0.01, train), order)
+
+
+def test_milliseconds_is_the_median_after_a_warm_up(monkeypatch):
+    calls, clock = [], iter(np.cumsum([0, 9, 0, 9, 0, 9, 0, 0.001, 0, 0.002, 0, 0.006]).tolist())
+    monkeypatch.setattr("advkd.evaluation.time.perf_counter", lambda: next(clock))
+    assert milliseconds(lambda: calls.append(1), repeats=3) == pytest.approx(2)
+    assert len(calls) == 6
+
+
+def test_rows_say_what_was_measured(pipeline, teacher):
+    row = student_row(pipeline, "improved")
+    assert row["parameters"] == count_parameters(pipeline.student)
+    assert row["deployable_parameters"] == count_parameters(pipeline.student.generator()) < row["parameters"]
+    assert (row["recipe"], row["steps"]) == ("improved", 1)
+    other = teacher_row(teacher, "ddim", 50)
+    assert other.keys() == row.keys()
+    assert (other["parameters"], other["sampler"], other["steps"]) == (teacher.parameters, "ddim", 50)
+
+
+def test_a_table_has_its_protocol_and_rows(tmp_path):
+    rows = [{"name": "teacher", "fd": 1.2345, "parameters": 1062497, "recipe": None}, {"name": "student", "fd": 250.4}]
+    files = figures.save_table(
+        rows, {"images": 64}, tmp_path, "table", {"name": "Model", "fd": "FD", "parameters": "P"}
+    )
+    assert [file.name for file in files] == ["table.json", "table.csv", "table.md"]
+    table = json.loads(files[0].read_text())
+    assert table.keys() == {"protocol", "rows"}
+    assert table == {"protocol": {"images": 64}, "rows": rows}
+    assert figures.load_table(files[0]) == ({"images": 64}, rows)
+    assert files[1].read_text().splitlines()[0] == "name,fd,parameters,recipe"
+    assert files[2].read_text().splitlines() == [
+        "| Model | FD | P |",
+        "| --- | --- | --- |",
+        "| teacher | 1.23 | 1,062,497 |",
+        "| student | 250 |  |",
+    ]
+
+
+def test_a_figure_is_saved_and_the_same_bytes_twice(tmp_path):
+    images = torch.linspace(-1, 1, 4 * 64).view(4, 1, 8, 8)
+    for folder in ("a", "b"):
+        figure, ax = plt.subplots(figsize=(2, 2))
+        figures.show_images(ax, images, 2, "four")
+        assert figures.save_figure(figure, tmp_path / folder, "grid") == tmp_path / folder / "grid.png"
+        plt.close(figure)
+    assert [file.name for file in (tmp_path / "a").iterdir()] == ["grid.png"]
+    assert (tmp_path / "a" / "grid.png").read_bytes() == (tmp_path / "b" / "grid.png").read_bytes()
+    assert np.ptp(np.asarray(Image.open(tmp_path / "a" / "grid.png").convert("L"))) > 200
+
+
+def test_strips_and_curves_have_a_panel_each():
+    strip = figures.show_strip({"xt": [torch.zeros(1, 8, 8)] * 3, "x0": [torch.zeros(1, 16, 16)] * 3}, "abc", 16)
+    assert len(strip.axes) == 6 and [ax.get_title() for ax in strip.axes[:3]] == list("abc")
+    records = [TrainRecord(n, 0, 4000 * n, n, 2 * n, 0, None if n % 2 else 1.0, 1, 1) for n in range(1, 5)]
+    curves = figures.plot_curves(records, {"student_loss": "student", "penalty": "penalty"}, window=1)
+    student, penalty = (ax.lines[0].get_xydata().tolist() for ax in curves.axes)
+    assert student == [[4, 2], [8, 4], [12, 6], [16, 8]]
+    assert penalty == [[8, 1], [16, 1]]
+    plt.close("all")

@@ -1,0 +1,95 @@
+"""The project's own promises: notebook pairs, one place for versions, nothing unpickled, no work at import."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+import yaml
+
+from advkd.reproduce import NOTEBOOKS
+
+ROOT = Path(__file__).parent.parent
+
+
+def cells(notebook) -> list[tuple]:
+    return [(c.cell_type, c.source, tuple(c.metadata.get("tags", []))) for c in notebook.cells]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_and_its_py_have_the_same_cells(name):
+    stored = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    assert cells(stored) == cells(jupytext.read(ROOT / "notebooks" / f"{name}.py"))
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_stored_outputs_are_of_one_run_from_the_top(name):
+    path = ROOT / "notebooks" / f"{name}.ipynb"
+    code = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
+    assert not [o for c in code for o in c.outputs if o.output_type == "error"]
+    assert path.stat().st_size < 1_000_000
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_code_lives_in_the_package(name):
+    for cell in jupytext.read(ROOT / "notebooks" / f"{name}.py").cells:
+        if cell.cell_type == "code":
+            assert len(cell.source.splitlines()) <= 25
+            functions = re.findall(r"^def .*(?:\n .*)*", cell.source, re.MULTILINE)
+            assert all(len(f.splitlines()) <= 5 for f in functions)
+
+
+def test_conda_users_get_the_versions_of_pyproject():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    *conda, pip = environment["dependencies"]
+    assert {re.split("[=<>]", name)[0] for name in conda} == {"python", "pip", "make"}
+    assert pip == {"pip": ["-e .[dev]"]}
+
+
+def test_lock_is_hashed_and_names_no_index():
+    lock = (ROOT / "requirements.lock").read_text()
+    pins = [line for line in lock.splitlines() if line and not line.startswith((" ", "#"))]
+    assert pins and all("==" in pin for pin in pins)
+    assert lock.count("--hash=sha256:") >= len(pins)
+    assert "http" not in lock and "--index" not in lock and "--find-links" not in lock and "file:" not in lock
+
+
+def test_lock_holds_every_dependency():
+    text = (ROOT / "pyproject.toml").read_text()
+    lists = re.findall(r"(?:dependencies|dev) = \[(.*?)\]", text, re.DOTALL)
+    wanted = {re.split("[<>=!]", item)[0] for items in lists for item in re.findall(r'"([^"]+)"', items)}
+    pinned = {line.split("==")[0] for line in (ROOT / "requirements.lock").read_text().splitlines()}
+    assert wanted and wanted <= pinned
+
+
+def test_nothing_is_unpickled():
+    sources = [*(ROOT / "advkd").glob("*.py"), *(ROOT / "notebooks").glob("*.py")]
+    assert len(sources) > 15
+    for path in sources:
+        assert not re.search(r"torch\.load|\bpickle\b|torch\.save|weights_only", path.read_text()), path.name
+
+
+def test_importing_the_package_does_nothing_heavy():
+    script = "import sys, advkd, advkd.presets; print('torch' in sys.modules, 'sklearn' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "False"]
+
+
+def test_every_figure_of_the_readme_and_of_its_map_exists():
+    readme = (ROOT / "README.md").read_text()
+    names = re.findall(r"`([\w]+\.(?:png|\*))`", readme) + re.findall(r"figures/digits/([\w.]+)", readme)
+    assert len(names) > 12
+    for name in names:
+        assert list((ROOT / "figures" / "digits").glob(name)), name
+
+
+def test_readme_shows_the_rows_of_table1():
+    def identities(table: str) -> list[list[str]]:
+        return [[cell.strip() for cell in line.split("|")[1:7]] for line in table.strip().splitlines()]
+
+    shown = (ROOT / "README.md").read_text().split("<!-- table1 -->")[1].split("<!-- /table1 -->")[0]
+    assert identities(shown) == identities((ROOT / "figures" / "digits" / "table1.md").read_text())

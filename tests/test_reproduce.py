@@ -1,0 +1,64 @@
+"""The runner: skipping, parameter names, and the exit status of a failing notebook."""
+
+import json
+
+import nbformat
+import pytest
+
+from advkd import reproduce
+from advkd.presets import UserError
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A checkout with two quick notebooks: the first writes a figure, the second fails on demand."""
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "pyproject.toml").touch()
+    first = "from pathlib import Path\nf = Path('figures/digits'); f.mkdir(parents=True, exist_ok=True)\n"
+    bodies = {"a": first + "_ = (f / 'a.txt').write_text(str(number))", "b": "assert number < 10, 'too large'"}
+    for name, body in bodies.items():
+        declare = nbformat.v4.new_code_cell("number: int = 1  # help\npreset: str = 'digits'  # help")
+        declare.metadata["tags"] = ["parameters"]
+        notebook = nbformat.v4.new_notebook(cells=[declare, nbformat.v4.new_code_cell(body)])
+        notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        nbformat.write(notebook, tmp_path / "notebooks" / f"{name}.ipynb")
+    monkeypatch.setattr(reproduce, "NOTEBOOKS", ("a", "b"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_runs_in_order_then_skips_then_notices_a_changed_figure(project, capsys):
+    assert reproduce.reproduce("digits", {"number": "7"}) == 0
+    assert (project / "figures/digits/a.txt").read_text() == "7"
+    assert (project / "runs/digits/b.ipynb").exists()
+    assert "a.txt" in capsys.readouterr().out
+    assert reproduce.reproduce("digits", {"number": "7"}) == 0
+    out = capsys.readouterr().out
+    assert out.count("up to date") == 3 and "done" not in out
+    (project / "figures/digits/a.txt").write_text("edited")
+    assert reproduce.reproduce("digits", {"number": "7"}) == 0
+    assert "done" in capsys.readouterr().out
+    assert (project / "figures/digits/a.txt").read_text() == "7"
+
+
+def test_a_failing_cell_is_named_and_earlier_work_is_kept(project, capsys):
+    assert reproduce.reproduce("digits", {"number": "11"}) == 1
+    captured = capsys.readouterr()
+    assert "b failed in cell" in captured.err and "too large" in captured.err and "AssertionError" in captured.err
+    assert "failed" in captured.out and "done" in captured.out
+    state = json.loads((project / "runs/digits/reproduce.json").read_text())
+    assert list(state) == ["a"]
+
+
+def test_unknown_parameters_and_presets_are_refused_before_anything_runs(project):
+    with pytest.raises(UserError, match=r"'nunber'.*number, preset"):
+        reproduce.reproduce("digits", {"nunber": "1"})
+    with pytest.raises(UserError, match="no preset 'digit'"):
+        reproduce.reproduce("digit", {})
+    assert not (project / "runs").exists()
+
+
+def test_outside_of_a_checkout_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="not inside a checkout"):
+        reproduce.reproduce("digits", {})
