@@ -12,6 +12,13 @@ from advkd.presets import UserError, load_preset
 class _Commands(click.Group):
     """User errors are one line and exit status 2; an interrupt is 130 and what was made stays."""
 
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("advkd: interrupted; what was made stays", err=True)
+            sys.exit(130)
+
     def main(self, *args, **kwargs):
         try:
             return super().main(*args, **kwargs)
@@ -49,8 +56,8 @@ def teacher(name: str, out: Path, steps: int, seed: int, resume: bool):
     from tqdm import tqdm
 
     from advkd.data import load_images
-    from advkd.files import write_csv
-    from advkd.teacher import new_teacher, save_teacher, train_teacher
+    from advkd.files import read_records, write_csv
+    from advkd.teacher import TeacherRecord, new_teacher, save_teacher, train_teacher
 
     checkpoint, preset = out / "checkpoint.safetensors", load_preset(name)
     if checkpoint.exists() and not resume:
@@ -60,11 +67,14 @@ def teacher(name: str, out: Path, steps: int, seed: int, resume: bool):
     records = train_teacher(
         unet, scheduler, train, heldout, steps=steps, seed=seed, checkpoint=checkpoint, resume=resume
     )
-    bar, curve, recent = tqdm(total=steps, unit="step"), [], []
+    earlier = out / "curve.csv"
+    curve = read_records(earlier, TeacherRecord) if resume and earlier.exists() else []
+    bar, recent = tqdm(total=steps, unit="step"), []
     for record in records:
         bar.update(record.step - bar.n)
         recent.append(record.loss)
         if record.heldout_loss is not None:
+            curve = [point for point in curve if point.step < record.step]
             curve.append(replace(record, loss=sum(recent) / len(recent)))  # the mean since the last point
             recent.clear()
             bar.set_postfix(loss=f"{record.loss:.4f}", heldout=f"{record.heldout_loss:.4f}")

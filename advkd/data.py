@@ -56,7 +56,7 @@ def batch_generator(*counters: int) -> torch.Generator:
 
     Whoever resumes at step n draws what an uninterrupted run drew there: the counters are the whole random state.
     """
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(counters).generate_state(1)[0]))
+    return torch.Generator().manual_seed(int(np.random.SeedSequence((len(counters), *counters)).generate_state(1)[0]))
 
 
 def to_uint8(images: Tensor) -> Tensor:

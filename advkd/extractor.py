@@ -58,7 +58,8 @@ def train_extractor(
         generator = batch_generator(seed, step)
         batch = torch.randint(len(images), (batch_size,), generator=generator)
         dy, dx = torch.randint(-1, 2, (2,), generator=generator).tolist()
-        shifted = F.pad(images[batch], (1, 1, 1, 1), value=-1)[..., 1 + dy :, 1 + dx :][..., :16, :16]
+        side = images.shape[-1]
+        shifted = F.pad(images[batch], (1, 1, 1, 1), value=-1)[..., 1 + dy :, 1 + dx :][..., :side, :side]
         noisy = shifted + 0.1 * torch.randn(shifted.shape, generator=generator)
         loss = F.cross_entropy(extractor(noisy), labels[batch], label_smoothing=0.1)
         optimizer.zero_grad()

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -70,10 +70,21 @@ def write_csv(path: Path, records: Iterable) -> None:
     write_atomic(path, write)
 
 
+def read_records(path: Path, kind: type) -> list:
+    """The dataclass records of type `kind` (numbers, or None) that `write_csv` wrote."""
+    parse = {f.name: int if f.type is int else float for f in fields(kind)}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return [kind(**{name: parse[name](value) if value else None for name, value in row.items()}) for row in rows]
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+        return digest.hexdigest()
 
 
 def fingerprint(*states: dict[str, torch.Tensor] | str) -> str:

@@ -141,7 +141,7 @@ def check(p: Preset) -> None:
         )
     if len(p.widths) != levels:
         raise UserError(f"widths has {len(p.widths)} entries {p.widths}, but {size} px has {levels} resolutions")
-    if TRAIN_TIMESTEPS % p.sampler_steps:
+    if p.sampler_steps <= 0 or TRAIN_TIMESTEPS % p.sampler_steps:
         raise UserError(f"sampler_steps is {p.sampler_steps}, but must divide {TRAIN_TIMESTEPS}, as 50, 100 or 1000 do")
     for field in dataclasses.fields(p):
         allowed, value = getattr(field.type, "__args__", ()), getattr(p, field.name)
@@ -150,7 +150,23 @@ def check(p: Preset) -> None:
     for field in ("real_share", "fresh_share", "decay_share", "ema"):
         if not 0 <= getattr(p, field) <= 1:
             raise UserError(f"{field} is {getattr(p, field)}, but must lie in [0, 1]")
-    for field in ("trajectories", "shard_size", "channels", "penalty_every", "learning_rate", "epochs", "steps"):
+    if not p.batch_sizes or min(p.batch_sizes) < 2:
+        raise UserError(f"batch_sizes is {p.batch_sizes}, but needs at least one size, and 2 or more images in each")
+    if len(p.betas) != 2 or not all(0 <= beta < 1 for beta in p.betas):
+        raise UserError(f"betas is {p.betas}, but must be two numbers in [0, 1)")
+    for field in ("penalty_weight", "reconstruction_weight", "trajectory_seed", "seed"):
+        if getattr(p, field) < 0:
+            raise UserError(f"{field} is {getattr(p, field)}, but must not be negative")
+    for field in (
+        "critic_width",
+        "trajectories",
+        "shard_size",
+        "channels",
+        "penalty_every",
+        "learning_rate",
+        "epochs",
+        "steps",
+    ):
         if getattr(p, field) <= 0:
             raise UserError(f"{field} is {getattr(p, field)}, but must be positive")
 

@@ -1,16 +1,16 @@
 """A training run on disk: progress, curves as CSV and TensorBoard, checkpoints, the finished pipeline."""
 
-import csv
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 from advkd.discriminator import make_discriminator
-from advkd.files import differences, read_checkpoint_state, write_csv, write_json
+from advkd.files import differences, read_checkpoint_state, read_records, write_csv, write_json
 from advkd.pipeline import StudentPipeline
 from advkd.presets import Preset, UserError
 from advkd.presets import asdict as preset_fields
@@ -86,17 +86,11 @@ def _earlier(folder: Path, preset: Preset) -> list[TrainRecord]:
 
 
 def read_curves(folder: Path | str) -> list[TrainRecord]:
-    """The records of a run, from its CSV."""
-    kinds = {field.name: field.type for field in fields(TrainRecord)}
-    with (Path(folder) / CURVES).open(newline="", encoding="utf-8") as file:
-        return [
-            TrainRecord(**{name: _parse(value, kinds[name]) for name, value in row.items()})
-            for row in csv.DictReader(file)
-        ]
-
-
-def _parse(value: str, kind: type) -> int | float | None:
-    return None if value == "" else int(value) if kind is int else float(value)
+    """The records of a run, from its CSV. Raises UserError when it is missing."""
+    path = Path(folder) / CURVES
+    if not path.exists():
+        raise UserError(f"{path} is missing beside the checkpoint; remove {folder} to start afresh")
+    return read_records(path, TrainRecord)
 
 
 def _log(board: SummaryWriter, record: TrainRecord) -> None:
@@ -116,6 +110,7 @@ def load_run(folder: Path | str) -> StudentPipeline:
     """The finished student of a run folder, or a pipeline folder itself. Raises UserError when it is neither."""
     for path in (Path(folder) / PIPELINE, Path(folder)):
         if (path / "model_index.json").exists():
+            diffusers_logging.disable_progress_bar()  # one component, nothing to wait for
             pipeline = StudentPipeline.from_pretrained(path)
             pipeline.student.eval()
             return pipeline

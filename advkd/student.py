@@ -124,12 +124,16 @@ class Student(ModelMixin, ConfigMixin):
             features = submodule.layers(features)
         return self.stages[stage].terminal(features)
 
-    def images(self, latent: Tensor, stage: int | None = None) -> list[Tensor]:
-        """The images of submodules 0..`stage` (default: all) in one pass, coarse to fine."""
+    def images(self, latent: Tensor, stage: int | None = None, first: int | None = None) -> list[Tensor]:
+        """The images of submodules 0..`stage` (default: all) in one pass, coarse to fine.
+
+        With `first` the heads before the last one show only that many samples: training compares no others.
+        """
         images, features = [], latent
         for submodule in self.stages[: self._check(stage) + 1]:
             features = submodule.layers(features)
-            images.append(submodule.terminal(features))
+            last = len(images) == self._check(stage)
+            images.append(submodule.terminal(features if last else features[:first]))
         return images
 
     def generator(self) -> "Student":

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from advkd.data import batch_generator
-from advkd.files import fingerprint, load_checkpoint, save_checkpoint
+from advkd.files import differences, fingerprint, load_checkpoint, read_checkpoint_state, save_checkpoint
 from advkd.presets import ASSETS, TRAIN_TIMESTEPS, Preset, UserError
 
-_FILES = ["*.json", "*.safetensors"]  # never a pickle
+CHECKPOINT_EVERY = 500  # steps
+_FILES = ["*.json", "*.safetensors"]  # formats that cannot carry code
 
 
 @dataclass
@@ -159,8 +160,12 @@ def train_teacher(
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: _warm_cosine(n, steps))
     average = torch.optim.swa_utils.AveragedModel(unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(ema))
     parts = {"unet": unet, "average": average}, {"optimizer": optimizer}
+    run = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "ema": ema, "seed": seed}
     first = 0
     if resume and checkpoint and checkpoint.exists():
+        state = read_checkpoint_state(checkpoint)
+        if different := differences(state["run"], run):
+            raise UserError(f"{checkpoint} belongs to another run ({'; '.join(different)})")
         first = load_checkpoint(checkpoint, *parts)["step"]
         decay.last_epoch = first
         optimizer.param_groups[0]["lr"] = learning_rate * _warm_cosine(first, steps)
@@ -168,7 +173,9 @@ def train_teacher(
     for step in range(first + 1, steps + 1):
         generator = batch_generator(seed, step)
         x0 = images[torch.randint(len(images), (batch_size,), generator=generator)]
-        loss = denoising_loss(unet, scheduler, x0, generator)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator.initial_seed())  # dropout draws from the global state
+            loss = denoising_loss(unet, scheduler, x0, generator)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
@@ -176,13 +183,13 @@ def train_teacher(
         decay.step()
         average.update_parameters(unet)
         heldout_loss = None
-        if step % 500 == 0 or step == steps:
+        if step % CHECKPOINT_EVERY == 0 or step == steps:
             with torch.no_grad():
                 heldout_loss = denoising_loss(
                     average.module.eval(), scheduler, heldout, batch_generator(seed, 0)
                 ).item()
             if checkpoint:
-                save_checkpoint(checkpoint, *parts, {"step": step})
+                save_checkpoint(checkpoint, *parts, {"step": step, "run": run})
         yield TeacherRecord(step, step * batch_size, loss.item(), heldout_loss)
     unet.load_state_dict(average.module.state_dict())
     unet.eval()

@@ -56,6 +56,9 @@ def train_advkd(
     """
     if preset.real_share and images is None:
         raise UserError(f"real_share is {preset.real_share}, but no real images were given")
+    shape = {name: getattr(preset, name) for name in ("image_size_px", "channels", "submodules")}
+    if different := differences({name: trajectories.config[name] for name in shape}, shape):
+        raise UserError(f"the trajectories in {trajectories.folder} do not fit the preset ({'; '.join(different)})")
     device = pick_device(device)
     loop = _Loop(student.to(device), make_critic, trajectories, preset, images, device)
     state = {"preset": asdict(preset), "step": 0}
@@ -181,13 +184,19 @@ class _Loop:
         )
         targets = {i: as_images(column[batch]) for i, column in self.targets.items()}
         with self._autocast():
-            images = self.student.images(latents, k) if p.reconstruction_weight else [self.student(latents, k)]
+            images = (
+                self.student.images(latents, k, first=len(batch))
+                if p.reconstruction_weight
+                else [self.student(latents, k)]
+            )
         fake = images[-1].float()
         real = self._real(targets[k], len(fake), k, generator)
         critic_loss, penalty, critic_gradient = self._train_critic(real, fake.detach(), latents, generator, step)
         student_loss, l1, student_gradient = self._train_student(images, fake, latents, list(targets.values()))
-        if not torch.isfinite(critic_loss + student_loss):
-            raise UserError(f"a loss is not finite at step {step + 1} (stage {k}); the last checkpoint is kept")
+        if not torch.isfinite(critic_loss + student_loss + critic_gradient + student_gradient):
+            raise UserError(
+                f"a loss or gradient is not finite at step {step + 1} (stage {k}); the last checkpoint is kept"
+            )
         seen = (step + 1) * p.batch_size(k) if p.schedule == "joint" else self._staged_images_seen(step)
         values = (x if x is None else float(x) for x in (critic_loss, student_loss, l1, penalty))
         record = dict(zip(("critic_loss", "student_loss", "reconstruction_loss", "penalty"), values, strict=True))

@@ -10,7 +10,7 @@
 # # 3. Adversarial training
 #
 # **What you will learn:** how a critic teaches the submodules to look like the teacher's states, why the paper's recipe
-# collapses here (its critic has no gradient to teach with), and which changes make a one-step student that works.
+# collapses here (its clamped critic answers the same to everything), and which changes make a one-step student that works.
 #
 # **What you need:** the trajectories of the teacher; this notebook makes them if they are missing.
 # **How long:** eight minutes on two CPU cores from nothing; half a minute when the runs are there. An interrupted
@@ -121,35 +121,33 @@ _ = save_figure(figure, f"figures/{preset}", "paper_curves")
 # %% [markdown]
 # ## Why it collapses
 #
-# Look at the last panel. The penalty asks the critic for a gradient of norm 1 at its inputs. Clamping its weights to
-# $\pm 0.1$ after every step takes away the slope that the penalty asks for: the term stays near $(0 - 1)^2 = 1$, and with
-# its weight of 10 it is nearly all of the critic's loss. A critic without a gradient tells the student nothing. We can
-# measure it on the last critic of each recipe: the norm of $\nabla_x D$ at real images.
-
-
-# %%
-def last_critic(preset, run):
-    critic = make_discriminator(preset, preset.submodules - 1)
-    load_checkpoint(run / CHECKPOINT, {"critic": critic}, {})
-    return critic.eval()
-
+# Look at the first and the last panel. The penalty asks the critic for an input gradient of norm 1. Clamping its weights to
+# $\pm 0.1$ after every step takes that slope away again: through most stages the term stays near $0.9 = (0.05 - 1)^2$, and with
+# its weight of 10 it makes up nine tenths of the critic's loss. What is left to learn from is the other tenth, and there
+# the student's loss sits at $\log 2 = 0.69$: the critic answers 0 to everything. We can ask the last critic of each recipe,
+# on a batch of the teacher's images and a batch of its student's.
 
 # %%
-slopes = []
+answers = []
 for q, s in ((paper, paper_store), (p, store)):
-    critic, latents = last_critic(q, q.run_dir), s.latents(q.latent)[:500]
-    real = s.targets(q.submodules - 1, q.target)[:500]
-    slope = losses.input_gradient(lambda x: critic(x, latents), real).flatten(1).norm(dim=1).mean()
-    slopes.append({"recipe": q.recipe, "gradient_norm": round(slope.item(), 4)})
-protocol = {
-    "measure": "mean norm of the last critic's input gradient on the teacher's images",
-    "images": 500,
-    "seed": seed,
-}
-_ = save_table(slopes, protocol, f"figures/{preset}", "critic_gradient")
+    k, latents = q.submodules - 1, s.latents(q.latent)[:64]
+    critic, real = make_discriminator(q, k).train(), s.targets(k, q.target)[:64]
+    load_checkpoint(q.run_dir / CHECKPOINT, {"critic": critic}, {})
+    fake = load_run(q.run_dir).student(latents).detach()
+    slope = losses.input_gradient(lambda x, c=critic, z=latents: c(x, z), real).flatten(1).norm(dim=1).mean()
+    logits = {name: critic(x, latents).mean().item() for name, x in (("real", real), ("fake", fake))}
+    answer = {"logit_real": logits["real"], "logit_fake": logits["fake"], "gradient_norm": slope.item()}
+    answers.append({"recipe": q.recipe} | {name: round(value, 4) for name, value in answer.items()})
+protocol = {"critic": "of the last stage, at the end of training", "images": 64, "seed": seed}
+_ = save_table(answers, protocol, f"figures/{preset}", "critic_answers")
 
 # %% tags=["nbval-ignore-output"]
-slopes
+answers
+
+# %% [markdown]
+# The paper's critic gives the teacher's digits and its student's specks (below, right) the same logit, to a few
+# thousandths. The improved recipe's critic prefers the teacher's digits by a tenth or so, although its student's are hard
+# to tell apart by eye: it still teaches.
 
 # %%
 import matplotlib.pyplot as plt
@@ -168,7 +166,9 @@ _ = save_figure(figure, f"figures/{preset}", "recipes")
 
 # %%
 if not steps and paper_epochs == 0.5 and preset == "digits":  # what this notebook claims, at its default settings
-    assert slopes[0]["gradient_norm"] < 0.2 * slopes[1]["gradient_norm"]
+    assert sum(record.penalty > 0.6 for record in paper_records) > 0.8 * len(paper_records)
+    gaps = [abs(answer["logit_real"] - answer["logit_fake"]) for answer in answers]
+    assert gaps[0] < 0.05 < gaps[1]
     assert records[-1].reconstruction_loss < 0.75 * records[0].reconstruction_loss
     assert student(64, output_type="pt").images.std(0).mean() > 2 * collapsed(64, output_type="pt").images.std(0).mean()
 
