@@ -31,7 +31,7 @@ lab: env
 
 # Edit the .py, then this: the .ipynb follows, is executed from the top and keeps its outputs.
 notebooks: env
-	$(BIN)/jupytext --quiet --to ipynb --update notebooks/*.py
+	$(BIN)/jupytext --quiet --to ipynb --update notebooks/[0-9]*.py
 	ADVKD_PROGRESS=0 $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
 		--ExecutePreprocessor.record_timing=False --ExecutePreprocessor.store_widget_state=False \
 		--ExecutePreprocessor.timeout=-1 notebooks/*.ipynb

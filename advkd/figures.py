@@ -33,7 +33,7 @@ def start_notebook() -> None:
 
 def show_images(ax: Axes, images: Tensor, columns: int, title: str = "") -> None:
     """Draw images `(n, c, h, w)` in [-1, 1] as a grid with `columns` columns."""
-    grid = make_grid(images.detach().float().cpu().clamp(-1, 1) / 2 + 0.5, columns, padding=1, pad_value=1.0)
+    grid = make_grid(images.detach().float().cpu().clamp(-1, 1) / 2 + 0.5, columns, padding=1, pad_value=0.75)
     ax.imshow(grid.permute(1, 2, 0), interpolation="nearest")
     ax.set_axis_off()
     ax.set_title(title, loc="left", fontsize=9)

@@ -162,7 +162,7 @@ class _Loop:
             submodule.requires_grad_(i <= k)
         self.modules["critic"] = critic
         trainable = [q for q in self.student.parameters() if q.requires_grad]
-        adam = {"lr": p.learning_rate, "betas": p.betas}
+        adam = {"lr": p.learning_rate, "betas": p.betas, "fused": True}
         self.optimizers = {
             "student_optimizer": torch.optim.Adam(trainable, **adam),
             "critic_optimizer": torch.optim.Adam(critic.parameters(), **adam),

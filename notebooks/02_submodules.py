@@ -134,7 +134,7 @@ images = load_images(p, "train")[0] if p.real_share else None
 # in earnest.
 
 # %%
-peek = p.replace(steps=peek_steps)
+peek = p.replace(steps=peek_steps, ema=0.0)  # so early, an average still shows the initial weights
 _ = finish(train_run(peek, store, peek.run_dir, images=images))
 pipeline = load_run(peek.run_dir)
 

@@ -26,7 +26,7 @@
 preset: str = "digits"  # the experiment: digits
 teacher: str = ""  # another teacher: a folder in diffusers format, or a hub id
 steps: int = 0  # as in notebook 3
-paper_epochs: float = 0.5  # as in notebook 3
+paper_epochs: float = 0.25  # as in notebook 3
 seed: int = 0  # as in notebook 3
 count: int = 5000  # images of each student
 inception: str = ""  # Inception weights file (or "download") for FID in place of FD-digits
@@ -161,8 +161,9 @@ Markdown(markdown(pairs, headings))
 # %% [markdown]
 # ## Distances, with the floor
 #
-# The dotted line is what real images score: the held-out digits against the train digits, other writers' hands
-# included. A sampler below it is as close to the train split as real digits are.
+# The dotted line is what 600 held-out real digits score against the train split. Teacher and student fall below it: both
+# were trained on that split, so they resemble it more than new digits do. (600 images also score a little higher than
+# 5000 would.) Compare models in the held-out column too, where none has this advantage.
 
 # %%
 names = ["teacher, DDPM", "teacher, DDIM", "paper's recipe", "improved recipe"]
@@ -202,7 +203,7 @@ figure.tight_layout()
 _ = save_figure(figure, f"figures/{preset}", "nearest")
 
 # %%
-if not steps and paper_epochs == 0.5 and preset == "digits" and not inception:  # what the README claims
+if not steps and paper_epochs == 0.25 and preset == "digits" and not inception:  # what the README claims
     assert count >= 5000 and rows[3]["fd_train"] <= rows[1]["fd_train"], "one step no longer beats DDIM-50"
     assert rows[3]["parameters"] <= rows[1]["parameters"] / 4
     assert rows[2]["fd_train"] > 10 * rows[1]["fd_train"], "the paper's recipe no longer collapses"
