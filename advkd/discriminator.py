@@ -38,14 +38,15 @@ class Discriminator(nn.Module):
         )
 
     def forward(self, image: Tensor, latent: Tensor) -> Tensor:
+        """Logits `(b,)`: large for images that belong to the teacher."""
         return self.joint(torch.cat([self.image(image), self.latent(latent)], dim=1)).squeeze(1)
 
 
 class UnconditionalDiscriminator(nn.Module):
     """The improved recipe's critic: an image `(b, channels, s, s)` to logits `(b,)`; the latent is not looked at.
 
-    No normalisation, so that the gradient penalty is a function of each sample alone; the standard deviation over
-    the batch (Karras et al. 2018, section 3) lets it see a collapse.
+    No BatchNorm, which would mix the samples in the gradient penalty; only one number, the mean standard deviation over
+    the batch (Karras et al. 2018, section 3), lets it see a collapse.
     """
 
     def __init__(self, resolution_px: int, channels: int = 3, width: int = 32):
@@ -63,6 +64,7 @@ class UnconditionalDiscriminator(nn.Module):
         self.joint = nn.Sequential(nn.Linear(16 * c + 1, 128), nn.LeakyReLU(0.2), nn.Linear(128, 1))
 
     def forward(self, image: Tensor, latent: Tensor | None = None) -> Tensor:
+        """Logits `(b,)`: large for images that belong to the teacher or the data."""
         features = self.image(image).flatten(1)
         spread = (features.var(dim=0, correction=0) + 1e-8).sqrt().mean().expand(len(features), 1)
         return self.joint(torch.cat([features, spread], dim=1)).squeeze(1)

@@ -65,7 +65,7 @@ class Metric:
             "metric": self.label,
             "extractor": self.extractor,
             "features": self.features,
-            "resize": "none",
+            "resize": "299 px, in the extractor" if self.rgb else "none",
         } | weights
 
     def compare(self, samples: Tensor, reference: Tensor, few: bool = False) -> dict[str, float]:
@@ -192,7 +192,7 @@ def protocol(metric: Metric, images: int, seed: int, train: Tensor, heldout: Ten
         "reference_train": f"train split, {len(train)} images",
         "reference_heldout": f"held-out split, {len(heldout)} images",
         "ms_per_image": "batch 1, float32, median of 20; teacher: one U-Net step times the number of steps",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
+        "device": f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
     }

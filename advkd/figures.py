@@ -91,9 +91,14 @@ def live_curves(records: Iterator, fields: dict[str, str], every: int = 500) -> 
     return seen
 
 
+def _figures(folder: Path | str) -> Path:
+    """Where `folder` lies: below ADVKD_FIGURES if that is set, so that a test run leaves the figures as they are."""
+    return Path(os.environ.get("ADVKD_FIGURES", ".")) / folder
+
+
 def save_figure(figure: Figure, folder: Path | str, name: str) -> Path:
     """Write `<folder>/<name>.png`, atomically."""
-    path = Path(folder) / f"{name}.png"
+    path = _figures(folder) / f"{name}.png"
     write_atomic(
         path, lambda temporary: figure.savefig(temporary, dpi=DPI, bbox_inches="tight", metadata={"Software": None})
     )
@@ -104,7 +109,7 @@ def save_table(
     rows: list[dict], protocol: dict, folder: Path | str, name: str, shown: dict[str, str] | None = None
 ) -> list[Path]:
     """Write rows with their protocol as `<name>.json`, and the columns `shown` (field: heading) as `.csv` and `.md`."""
-    folder = Path(folder)
+    folder = _figures(folder)
     shown = shown or {field: field for field in rows[0]}
     write_json(folder / f"{name}.json", {"protocol": protocol, "rows": rows})
     frame = pd.DataFrame(rows)

@@ -18,7 +18,11 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
 
 
 def input_gradient(critic: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Gradient of every logit with respect to its own image, `(b, c, h, w)`, differentiable in the critic's weights."""
+    """Gradient of the sum of the logits with respect to the images, `(b, c, h, w)`, differentiable in the weights.
+
+    Where the critic looks at the whole batch (BatchNorm, standard deviation over the batch) it holds the other samples'
+    logits too.
+    """
     images = images.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(critic(images).sum(), images, create_graph=True)
     return gradient

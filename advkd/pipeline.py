@@ -16,7 +16,7 @@ class StudentPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(student=student)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(
         self,
         batch_size: int = 1,

@@ -74,6 +74,7 @@ class Preset:
 
     @property
     def resolutions(self) -> tuple[int, ...]:
+        """Side in pixels of every submodule's image."""
         return tuple(self.resolution(k) for k in range(self.submodules))
 
     def batch_size(self, k: int) -> int:
@@ -82,17 +83,13 @@ class Preset:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
         return self.channels, self.image_size_px, self.image_size_px
 
     @property
     def config_hash(self) -> str:
         """12 hexadecimal digits that change when any field does, the same on every machine and Python."""
         return config_hash(asdict(self))
-
-    @property
-    def run_dir(self) -> Path:
-        """Where the notebooks keep this experiment's student: `runs/<name>/<recipe>-<hash>`, never shared by two."""
-        return Path("runs") / self.name / f"{self.recipe}-{self.config_hash}"
 
     def replace(self, **overrides) -> "Preset":
         """A copy with other field values. Raises UserError that lists the fields when one does not exist."""
@@ -154,6 +151,14 @@ def check(p: Preset) -> None:
         raise UserError(f"batch_sizes is {p.batch_sizes}, but needs at least one size, and 2 or more images in each")
     if len(p.betas) != 2 or not all(0 <= beta < 1 for beta in p.betas):
         raise UserError(f"betas is {p.betas}, but must be two numbers in [0, 1)")
+    if p.critic == "conditional" and (p.real_share or p.fresh_share):
+        raise UserError(
+            "critic is 'conditional', which needs a trajectory for every image: real_share=0, fresh_share=0"
+        )
+    if p.schedule == "staged" and p.fresh_share:
+        raise UserError(f"fresh_share is {p.fresh_share}, but staged training has only paired latents: fresh_share=0")
+    if p.fresh_share == 1 and p.reconstruction_weight:
+        raise UserError("fresh_share is 1, which leaves nothing to reconstruct: reconstruction_weight=0")
     for field in ("penalty_weight", "reconstruction_weight", "trajectory_seed", "seed"):
         if getattr(p, field) < 0:
             raise UserError(f"{field} is {getattr(p, field)}, but must not be negative")
@@ -258,7 +263,12 @@ _SCALES = {
         widths=(16, 32, 64, 128, 128, 128), trajectories=20_000, sampler="ddpm", sampler_steps=1000
     ),
     ("celebahq", "improved"): dict(
-        widths=(128, 128, 96, 64, 32, 16), trajectories=20_000, sampler="ddim", sampler_steps=50
+        # CelebA is not embedded: without images of one's own the critic sees the teacher's samples alone.
+        widths=(128, 128, 96, 64, 32, 16),
+        trajectories=20_000,
+        sampler="ddim",
+        sampler_steps=50,
+        real_share=0.0,
     ),
 }
 
@@ -272,7 +282,7 @@ def load_preset(name: str, recipe: str = "improved", **overrides) -> Preset:
         raise UserError(f"there is no preset {name!r}; presets: {', '.join(_DATA)}")
     if recipe not in _RECIPES:
         raise UserError(f"there is no recipe {recipe!r}; recipes: {', '.join(_RECIPES)}")
-    preset = Preset(name=name, recipe=recipe, **_SCALES[name, recipe], **_DATA[name], **_RECIPES[recipe])
+    preset = Preset(name=name, recipe=recipe, **(_DATA[name] | _RECIPES[recipe] | _SCALES[name, recipe]))
     return _with(preset, overrides)
 
 

@@ -10,15 +10,21 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 from advkd.discriminator import make_discriminator
-from advkd.files import differences, read_checkpoint_state, read_records, write_csv, write_json
+from advkd.files import read_checkpoint_state, read_records, write_csv, write_json
 from advkd.pipeline import StudentPipeline
-from advkd.presets import Preset, UserError
+from advkd.presets import Preset, UserError, config_hash
 from advkd.presets import asdict as preset_fields
 from advkd.student import Student
-from advkd.train_advkd import CHECKPOINT_EVERY, Plan, TrainRecord, train_advkd
+from advkd.train_advkd import CHECKPOINT_EVERY, Plan, TrainRecord, checkpoint_differences, train_advkd
 from advkd.trajectories import TrajectoryStore, quiet
 
 CHECKPOINT, CURVES, PIPELINE, PRESET = "checkpoint.safetensors", "curves.csv", "student", "preset.json"
+
+
+def run_dir(preset: Preset, trajectories: TrajectoryStore) -> Path:
+    """Where the notebooks keep a student: `runs/<name>/<recipe>-<hash of the preset and what it learnt from>`."""
+    made_from = preset_fields(preset) | {"trajectories_config": trajectories.config}
+    return Path("runs") / preset.name / f"{preset.recipe}-{config_hash(made_from)}"
 
 
 def train_run(
@@ -40,7 +46,7 @@ def train_run(
     folder = Path(folder)
     if (folder / CHECKPOINT).exists() and not resume:
         raise UserError(f"{folder} holds a run already; resume it, choose another folder or remove it")
-    earlier = _earlier(folder, preset)
+    earlier = _earlier(folder, preset, trajectories)
     yield from earlier
     if (folder / PIPELINE / "model_index.json").exists():
         return
@@ -73,12 +79,12 @@ def train_run(
     StudentPipeline(student).save_pretrained(folder / PIPELINE)
 
 
-def _earlier(folder: Path, preset: Preset) -> list[TrainRecord]:
+def _earlier(folder: Path, preset: Preset, trajectories: TrajectoryStore) -> list[TrainRecord]:
     """The records up to the last checkpoint."""
     if not (folder / CHECKPOINT).exists():
         return []
     state = read_checkpoint_state(folder / CHECKPOINT)
-    if different := differences(state["preset"], preset_fields(preset)):
+    if different := checkpoint_differences(state, preset, trajectories):
         raise UserError(
             f"{folder} belongs to another preset ({'; '.join(different)}); choose another folder or remove it"
         )

@@ -129,6 +129,8 @@ class Student(ModelMixin, ConfigMixin):
 
         With `first` the heads before the last one show only that many samples: training compares no others.
         """
+        if not self.config.training_heads:
+            raise UserError("this is the deployable generator, which has the last head only; load the training student")
         images, features = [], latent
         for submodule in self.stages[: self._check(stage) + 1]:
             features = submodule.layers(features)

@@ -61,10 +61,10 @@ def train_advkd(
         raise UserError(f"the trajectories in {trajectories.folder} do not fit the preset ({'; '.join(different)})")
     device = pick_device(device)
     loop = _Loop(student.to(device), make_critic, trajectories, preset, images, device)
-    state = {"preset": asdict(preset), "step": 0}
+    state = {"preset": asdict(preset), "trajectories": trajectories.config, "step": 0}
     if resume and checkpoint and checkpoint.exists():
         state = read_checkpoint_state(checkpoint)
-        if different := differences(state["preset"], asdict(preset)):
+        if different := checkpoint_differences(state, preset, trajectories):
             raise UserError(f"{checkpoint} belongs to another preset ({'; '.join(different)})")
         loop.enter_stage(loop.plan.stage_of(max(state["step"] - 1, 0)))
         load_checkpoint(checkpoint, loop.modules, loop.optimizers)
@@ -74,6 +74,11 @@ def train_advkd(
         if checkpoint and (record.step % CHECKPOINT_EVERY == 0 or record.step == loop.plan.steps):
             save_checkpoint(checkpoint, loop.modules, loop.optimizers, state | {"step": record.step})
     loop.finish()
+
+
+def checkpoint_differences(state: dict, preset: Preset, trajectories: TrajectoryStore) -> list[str]:
+    """What tells a checkpoint's preset and trajectories apart from these."""
+    return differences(state["preset"], asdict(preset)) + differences(state["trajectories"], trajectories.config)
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -162,7 +167,7 @@ class _Loop:
             submodule.requires_grad_(i <= k)
         self.modules["critic"] = critic
         trainable = [q for q in self.student.parameters() if q.requires_grad]
-        adam = {"lr": p.learning_rate, "betas": p.betas, "fused": True}
+        adam = {"lr": p.learning_rate, "betas": p.betas}
         self.optimizers = {
             "student_optimizer": torch.optim.Adam(trainable, **adam),
             "critic_optimizer": torch.optim.Adam(critic.parameters(), **adam),

@@ -148,7 +148,9 @@ def generate_trajectories(
                 manifest["shards"][path.name] = {"first": start, "count": len(indices), "sha256": sha256(path)}
                 write_json(folder / MANIFEST, manifest)
             bar.update(len(indices))
-    return TrajectoryStore(folder)
+    store = TrajectoryStore(folder)
+    store.verify()
+    return store
 
 
 def _shard(teacher: Teacher, preset: Preset, scheduler: SchedulerMixin, indices: range) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from advkd.data import load_images, seeded_noise
 from advkd.discriminator import Discriminator
 from advkd.figures import save_figure, save_table, show_strip, start_notebook
 from advkd.presets import load_preset
-from advkd.run import finish, load_run, train_run
+from advkd.run import finish, load_run, run_dir, train_run
 from advkd.student import Student, count_parameters
 from advkd.teacher import load_teacher
 from advkd.trajectories import generate_trajectories, trajectory_dir
@@ -130,13 +130,12 @@ store = generate_trajectories(model, p, trajectory_dir(model, p))
 images = load_images(p, "train")[0] if p.real_share else None
 
 # %% [markdown]
-# Then the student's heads after a short training run of a few seconds: the early ones settle first. Notebook 3 trains
-# in earnest.
+# Then the student's heads after a short training run of a few seconds. Notebook 3 trains in earnest.
 
 # %%
-peek = p.replace(steps=peek_steps, ema=0.0)  # so early, an average still shows the initial weights
-_ = finish(train_run(peek, store, peek.run_dir, images=images))
-pipeline = load_run(peek.run_dir)
+peek = p.replace(steps=peek_steps, epochs=0.02, ema=0.0)  # so early, an average still shows the initial weights
+_ = finish(train_run(peek, store, run_dir(peek, store), images=images))
+pipeline = load_run(run_dir(peek, store))
 
 # %%
 index = [2]

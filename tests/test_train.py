@@ -16,6 +16,7 @@ from advkd.files import read_checkpoint_state
 from advkd.presets import UserError, load_preset
 from advkd.student import Student
 from advkd.train_advkd import Plan, pick_device
+from advkd.trajectories import TrajectoryStore
 
 
 @pytest.fixture(scope="module")
@@ -356,3 +357,24 @@ def test_training_leaves_the_global_random_state_alone(improved, store, images):
     state = torch.get_rng_state()
     next(records)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_run_folders_tell_presets_and_trajectories_apart(improved, paper, store):
+    other = TrajectoryStore(store.folder)
+    other.config = store.config | {"teacher_fingerprint": "another"}
+    folders = {
+        run.run_dir(improved, store),
+        run.run_dir(improved.replace(seed=1), store),
+        run.run_dir(paper, store),
+        run.run_dir(improved, other),
+    }
+    assert len(folders) == 4
+    assert all(folder.parts[:2] == ("runs", "digits") for folder in folders)
+
+
+def test_a_checkpoint_of_other_trajectories_is_refused(improved, store, images, tmp_path):
+    run.finish(run.train_run(improved, store, tmp_path, images=images, device="cpu"))
+    other = TrajectoryStore(store.folder)
+    other.config = store.config | {"teacher_fingerprint": "another"}
+    with pytest.raises(UserError, match=r"teacher_fingerprint: made with .*, wanted 'another'"):
+        run.finish(run.train_run(improved, other, tmp_path, images=images, device="cpu"))
