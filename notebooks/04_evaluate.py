@@ -109,6 +109,8 @@ details = protocol(metric, count, 1, train, heldout) | {
     "teacher_fingerprint": model.fingerprint,
     "floor_real_heldout_against_train": floor,
 }
+
+# %%
 shown = {
     "model": "model",
     "recipe": "recipe",
@@ -144,6 +146,7 @@ for name, row in (("paper's recipe", rows[2]), ("improved recipe", rows[3])):
     ours = {"measured_parameters": row["parameters"], "measured_teacher": rows[1]["parameters"]}
     distances = {"measured_fd": row["fd_train"], "measured_teacher_fd": rows[1]["fd_train"]}
     pairs.append({"student": name} | ours | distances | {"measured_steps": row["steps"]})
+# %%
 for pair in pairs:
     pair |= {
         "paper_parameters": 2_429_937,
