@@ -35,6 +35,7 @@ notebooks: env
 	ADVKD_PROGRESS=0 $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
 		--ExecutePreprocessor.record_timing=False --ExecutePreprocessor.store_widget_state=False \
 		--ExecutePreprocessor.timeout=-1 notebooks/*.ipynb
+	$(BIN)/python -c "from pathlib import Path; from advkd.reproduce import update_readme; update_readme(Path())"
 
 # After a change of the dependencies in pyproject.toml.
 lock: env

@@ -190,12 +190,12 @@ def evaluate(student: Path, name: str, count: int, seed: int, out: Path, incepti
     from advkd.data import load_images
     from advkd.evaluation import Metric, protocol, sample_student, student_row
     from advkd.files import write_json
-    from advkd.run import load_run
+    from advkd.run import load_run, recipe_of
 
     preset, pipeline, metric = load_preset(name), load_run(student), Metric(inception=inception)
     images = sample_student(pipeline, count, seed)
     train_images, heldout = load_images(preset, "train")[0], load_images(preset, "heldout")[0]
-    row = student_row(pipeline, None) | metric.evaluate(images, train_images, heldout, few)
+    row = student_row(pipeline, recipe_of(student)) | metric.evaluate(images, train_images, heldout, few)
     write_json(out, {"protocol": protocol(metric, count, seed, train_images, heldout), "rows": [row]})
     click.echo(f"{metric.label} {row['fd_train']:.3f} (train), {row['fd_heldout']:.3f} (held out): {out}")
 

@@ -11,16 +11,16 @@ import torch
 import torch_fidelity
 from torch import Tensor
 from torch.utils.data import Dataset
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from tqdm.auto import tqdm
 
 from advkd.data import to_uint8
 from advkd.extractor import FEATURES, load_extractor, register
-from advkd.files import sha256
+from advkd.files import quiet, sha256
 from advkd.pipeline import StudentPipeline
 from advkd.presets import LATENT_SIDE, UserError
 from advkd.student import count_parameters
 from advkd.teacher import Teacher
-from advkd.trajectories import quiet
 
 INCEPTION = "inception-v3-compat"
 INCEPTION_FEATURES = 2048
@@ -51,16 +51,16 @@ class Metric:
         if inception is not None:
             self.extractor, self.label, self.features = INCEPTION, "FID", INCEPTION_FEATURES
             if str(inception) != "download":
-                if not Path(inception).is_file():
-                    raise UserError(f"{inception} is no Inception weights file; give one, or 'download'")
-                self.weights = str(inception)
+                self.weights = _safe_weights(Path(inception))
         else:
             model = load_extractor() if folder is None else load_extractor(folder)
             self.extractor, self.label, self.features = register(model, "digits"), "FD-digits", FEATURES
 
     def protocol(self) -> dict:
         """What a number depends on beside the images."""
-        weights = {"weights_sha256": sha256(Path(self.weights))} if self.weights else {}
+        downloaded = Path(torch.hub.get_dir(), "checkpoints", Path(URL_INCEPTION_V3).name)
+        file = Path(self.weights or downloaded)
+        weights = {"weights_sha256": sha256(file)} if self.rgb and file.exists() else {}
         return {
             "metric": self.label,
             "extractor": self.extractor,
@@ -112,6 +112,18 @@ class Metric:
             "precision": on_train["precision"],
             "recall": on_train["recall"],
         }
+
+
+def _safe_weights(path: Path) -> str:
+    """The path of a file that holds tensors and nothing else: torch-fidelity unpickles whatever it is given."""
+    if not path.is_file():
+        raise UserError(f"{path} is no Inception weights file; give one, or 'download'")
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} does not hold weights alone and is not opened ({reason})") from error
+    return str(path)
 
 
 def sample_student(

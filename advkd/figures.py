@@ -1,6 +1,5 @@
 """Figures and tables: grids, curves, and the only writers of the figures folder."""
 
-import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -133,12 +132,6 @@ def _cell(value: object) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
-
-
-def load_table(path: Path | str) -> tuple[dict, list[dict]]:
-    """Protocol and rows of a table that `save_table` wrote."""
-    table = json.loads(Path(path).read_text(encoding="utf-8"))
-    return table["protocol"], table["rows"]
 
 
 def bars(rows: list[dict], field: str, label: str, floor: float | None = None) -> Figure:

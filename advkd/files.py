@@ -16,6 +16,8 @@ from torch import nn
 
 from advkd.presets import UserError
 
+CHECKPOINT_EVERY = 500  # steps of a training
+
 
 def project_root() -> Path:
     """The checkout that holds `notebooks/`, upwards from the working directory. Raises UserError outside of one."""
@@ -24,6 +26,11 @@ def project_root() -> Path:
         if (folder / "notebooks").is_dir() and (folder / "pyproject.toml").exists():
             return folder
     raise UserError(f"{here} is not inside a checkout of advkd: no folder above it has notebooks/ and pyproject.toml")
+
+
+def quiet(progress: bool) -> bool:
+    """Whether progress bars are off: by argument, or by ADVKD_PROGRESS=0 (tqdm's notebook bar has no such switch)."""
+    return not progress or os.environ.get("ADVKD_PROGRESS") == "0"
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
@@ -48,10 +55,12 @@ def _umask() -> int:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file, atomically."""
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: object) -> None:
+    """Write `value` as an indented JSON file, atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 

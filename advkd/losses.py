@@ -43,5 +43,5 @@ def r1_penalty(critic: Callable[[Tensor], Tensor], real: Tensor) -> Tensor:
 
 
 def reconstruction_loss(images: list[Tensor], targets: list[Tensor]) -> Tensor:
-    """Mean over the heads of the mean absolute difference to their targets."""
-    return sum(F.l1_loss(image, target) for image, target in zip(images, targets, strict=True)) / len(images)
+    """Sum over the heads of the mean absolute difference of their images `(b, c, r, r)` to their targets."""
+    return sum(F.l1_loss(image, target) for image, target in zip(images, targets, strict=True))

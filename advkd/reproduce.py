@@ -8,9 +8,10 @@ from pathlib import Path
 import click
 import nbformat
 import papermill
+from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from advkd import files, trajectories
+from advkd import files
 from advkd.presets import ASSETS, UserError, load_preset
 
 NOTEBOOKS = ("01_teacher", "02_submodules", "03_train", "04_evaluate")
@@ -47,17 +48,34 @@ def reproduce(preset: str, parameters: dict[str, str], force: bool = False) -> i
             files.write_json(state_file, state)
             rows.append((name, seconds, "failed", sorted(wrote)))
             _summary(preset, rows)
-            click.echo(f"advkd: error: notebook {name} failed in cell {error}", err=True)
+            click.echo(f"advkd: error: notebook {name} failed {error}", err=True)
             return 1
         state[name] = {"hash": upstream, "wrote": wrote}
         files.write_json(state_file, state)
         rows.append((name, seconds, "done", sorted(wrote)))
+    if preset == "digits":
+        update_readme(root)
     _summary(preset, rows)
     return 0
 
 
+def update_readme(root: Path) -> None:
+    """Put the regenerated Table 1 of the digits, and its floor, between the README's markers for them."""
+    readme, figures = root / "README.md", root / "figures" / "digits"
+    if not readme.exists() or not (figures / "table1.json").exists():
+        return
+    floor = json.loads((figures / "table1.json").read_text())["protocol"]["floor_real_heldout_against_train"]
+    text = readme.read_text(encoding="utf-8")
+    for name, value in (("table1", f"\n{(figures / 'table1.md').read_text()}"), ("floor", f"{floor:.3g}")):
+        before, _, rest = text.partition(f"<!-- {name} -->")
+        _, end, after = rest.partition(f"<!-- /{name} -->")
+        text = f"{before}<!-- {name} -->{value}{end}{after}" if end else text
+    if text != readme.read_text(encoding="utf-8"):
+        files.write_text(readme, text)
+
+
 def _execute(root: Path, source: Path, target: Path, parameters: dict) -> str | None:
-    """Run one notebook; None, or the failing cell's number and error."""
+    """Run one notebook; None, or where it failed and why."""
     click.echo(f"{source.stem} ...")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -66,12 +84,14 @@ def _execute(root: Path, source: Path, target: Path, parameters: dict) -> str | 
             str(target),
             parameters,
             kernel_name="python3",
-            progress_bar=not trajectories.quiet(True),
+            progress_bar=not files.quiet(True),
             cwd=str(root),
             log_output=False,
         )
     except PapermillExecutionError as error:
-        return f"[{error.exec_count}] of {target.relative_to(root)}: {error.ename}: {error.evalue}"
+        return f"in cell [{error.exec_count}] of {target.relative_to(root)}: {error.ename}: {error.evalue}"
+    except DeadKernelError as error:
+        return f"in {target.relative_to(root)}: {error} (out of memory?)"
     return None
 
 

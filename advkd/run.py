@@ -1,5 +1,6 @@
 """A training run on disk: progress, curves as CSV and TensorBoard, checkpoints, the finished pipeline."""
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -10,13 +11,13 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 from advkd.discriminator import make_discriminator
-from advkd.files import read_checkpoint_state, read_records, write_csv, write_json
+from advkd.files import CHECKPOINT_EVERY, quiet, read_checkpoint_state, read_records, write_csv, write_json
 from advkd.pipeline import StudentPipeline
 from advkd.presets import Preset, UserError, config_hash
 from advkd.presets import asdict as preset_fields
 from advkd.student import Student
-from advkd.train_advkd import CHECKPOINT_EVERY, Plan, TrainRecord, checkpoint_differences, train_advkd
-from advkd.trajectories import TrajectoryStore, quiet
+from advkd.train_advkd import Plan, TrainRecord, checkpoint_differences, train_advkd
+from advkd.trajectories import TrajectoryStore
 
 CHECKPOINT, CURVES, PIPELINE, PRESET = "checkpoint.safetensors", "curves.csv", "student", "preset.json"
 
@@ -121,3 +122,11 @@ def load_run(folder: Path | str) -> StudentPipeline:
             pipeline.student.eval()
             return pipeline
     raise UserError(f"{folder} holds no student; train one with: python -m advkd train --out {folder}")
+
+
+def recipe_of(folder: Path | str) -> str | None:
+    """The recipe that made the student in a run folder (or in its `student/`); None where no preset lies with it."""
+    for path in (Path(folder) / PRESET, Path(folder).parent / PRESET):
+        if path.exists():
+            return json.loads(path.read_text())["recipe"]
+    return None

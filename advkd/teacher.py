@@ -14,10 +14,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from advkd.data import batch_generator
-from advkd.files import differences, fingerprint, load_checkpoint, read_checkpoint_state, save_checkpoint
+from advkd.files import (
+    CHECKPOINT_EVERY,
+    differences,
+    fingerprint,
+    load_checkpoint,
+    read_checkpoint_state,
+    save_checkpoint,
+)
 from advkd.presets import ASSETS, TRAIN_TIMESTEPS, Preset, UserError
 
-CHECKPOINT_EVERY = 500  # steps
 _FILES = ["*.json", "*.safetensors"]  # formats that cannot carry code
 
 
@@ -32,6 +38,7 @@ class Teacher:
 
     @property
     def parameters(self) -> int:
+        """Number of parameters."""
         return sum(p.numel() for p in self.unet.parameters())
 
 
@@ -154,7 +161,7 @@ def train_teacher(
 
     The simple loss of DDPM (Ho et al. 2020, eq. 14) for the scheduler's prediction type, Adam, warm-up and cosine
     decay. `heldout` images are only measured, never trained on. `checkpoint` is written every 500 steps; `resume`
-    goes on from it to the same weights as a run that was not stopped.
+    goes on from it to the same weights as a run that was not stopped. Raises UserError if it belongs to another run.
     """
     optimizer = torch.optim.Adam(unet.parameters(), learning_rate)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: _warm_cosine(n, steps))

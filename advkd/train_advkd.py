@@ -10,11 +10,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from advkd import losses
 from advkd.data import batch_generator
-from advkd.files import differences, load_checkpoint, read_checkpoint_state, save_checkpoint
+from advkd.files import CHECKPOINT_EVERY, differences, load_checkpoint, read_checkpoint_state, save_checkpoint
 from advkd.presets import Preset, UserError, asdict
 from advkd.trajectories import TrajectoryStore, as_images
-
-CHECKPOINT_EVERY = 500  # steps
 
 
 @dataclass(frozen=True)
@@ -134,6 +132,12 @@ class Plan:
         order = torch.randperm(self.count, generator=batch_generator(self.preset.seed, k, epoch))
         return order[position * size : (position + 1) * size]
 
+    def images_seen(self, step: int) -> int:
+        """Images of the student's that the critic has been shown once this step is done, over all stages."""
+        k, local = self._locate(step)
+        earlier = sum(n * self.preset.batch_size(i) for i, n in self.stages.items() if i < k)
+        return earlier + (local + 1) * self.preset.batch_size(k)
+
     def learning_rate(self, step: int) -> float:
         """The constant rate, then a linear fall to zero over the last `decay_share` of the steps."""
         falling = self.preset.decay_share * self.steps
@@ -202,16 +206,10 @@ class _Loop:
             raise UserError(
                 f"a loss or gradient is not finite at step {step + 1} (stage {k}); the last checkpoint is kept"
             )
-        seen = (step + 1) * p.batch_size(k) if p.schedule == "joint" else self._staged_images_seen(step)
         values = (x if x is None else float(x) for x in (critic_loss, student_loss, l1, penalty))
         record = dict(zip(("critic_loss", "student_loss", "reconstruction_loss", "penalty"), values, strict=True))
         gradients = {"critic_gradient": float(critic_gradient), "student_gradient": float(student_gradient)}
-        return TrainRecord(step + 1, k, seen, **record, **gradients)
-
-    def _staged_images_seen(self, step: int) -> int:
-        k, local = self.plan._locate(step)
-        earlier = sum(n * self.preset.batch_size(i) for i, n in self.plan.stages.items() if i < k)
-        return earlier + (local + 1) * self.preset.batch_size(k)
+        return TrainRecord(step + 1, k, plan.images_seen(step), **record, **gradients)
 
     def _real(self, targets: Tensor, count: int, k: int, generator: torch.Generator) -> Tensor:
         """What the critic is told is real: this batch's targets, topped up with other trajectories and real images."""
@@ -262,7 +260,7 @@ class _Loop:
             l1 = losses.reconstruction_loss(
                 [x[: len(t)].float() for x, t in zip(images, targets, strict=True)], targets
             )
-        total = adversarial + p.reconstruction_weight * len(images) * l1
+        total = adversarial + p.reconstruction_weight * l1
         optimizer.zero_grad(set_to_none=True)
         total.backward()
         gradient = torch.nn.utils.get_total_norm([q.grad for q in self.student.parameters() if q.grad is not None])

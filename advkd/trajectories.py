@@ -1,8 +1,8 @@
 """Noise to the teacher's states at the stages' times, and a memory-mapped, resumable store of them."""
 
 import json
-import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from advkd.data import from_uint8, make_latent, sample_generators, sample_noise, to_uint8
-from advkd.files import differences, sha256, write_atomic, write_json
+from advkd.files import differences, quiet, sha256, write_atomic, write_json
 from advkd.presets import Preset, UserError, config_hash, stage_times
 from advkd.teacher import Teacher
 
@@ -75,7 +75,7 @@ def sample_teacher(
     """The teacher's images `(n, c, h, w)` in [-1, 1] for the samples `indices`."""
     scheduler, images = make_scheduler(teacher, sampler, steps), []
     bar = tqdm(total=len(indices), desc=f"teacher {sampler}-{steps}", unit="image", disable=quiet(progress))
-    with bar, _dtype(teacher, preset.teacher_dtype):
+    with bar, _computing_in(teacher, preset.teacher_dtype):
         for start in range(0, len(indices), preset.shard_size):
             generators = sample_generators(indices[start : start + preset.shard_size], seed)
             noise = sample_noise(generators, preset.image_shape)
@@ -85,25 +85,17 @@ def sample_teacher(
     return torch.cat(images)
 
 
-def quiet(progress: bool) -> bool:
-    """Whether progress bars are off: by argument, or by ADVKD_PROGRESS=0 (tqdm's notebook bar has no such switch)."""
-    return not progress or os.environ.get("ADVKD_PROGRESS") == "0"
-
-
-class _dtype:
+@contextmanager
+def _computing_in(teacher: Teacher, dtype: str) -> Iterator[None]:
     """Within the block the teacher computes in another dtype, channels last; its float32 weights come back after it."""
-
-    def __init__(self, teacher: Teacher, dtype: str):
-        self.teacher, self.dtype = teacher, getattr(torch, dtype)
-
-    def __enter__(self):
-        unet = self.teacher.unet
-        self.float32 = {name: value.clone() for name, value in unet.state_dict().items()}
-        torch.nn.Module.to(unet, self.dtype, memory_format=torch.channels_last)
-
-    def __exit__(self, *_):
-        torch.nn.Module.to(self.teacher.unet, torch.float32)
-        self.teacher.unet.load_state_dict(self.float32)
+    unet = teacher.unet
+    float32 = {name: value.clone() for name, value in unet.state_dict().items()}
+    torch.nn.Module.to(unet, getattr(torch, dtype), memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        torch.nn.Module.to(unet, torch.float32)
+        unet.load_state_dict(float32)
 
 
 def trajectory_config(teacher: Teacher, preset: Preset) -> dict:
@@ -138,7 +130,7 @@ def generate_trajectories(
     scheduler = make_scheduler(teacher, preset.sampler, preset.sampler_steps)
     starts = range(0, preset.trajectories, preset.shard_size)
     bar = tqdm(total=preset.trajectories, desc="trajectories", unit="image", disable=quiet(progress))
-    with bar, _dtype(teacher, preset.teacher_dtype):
+    with bar, _computing_in(teacher, preset.teacher_dtype):
         for number, start in enumerate(starts):
             indices = range(start, min(start + preset.shard_size, preset.trajectories))
             path = folder / f"shard-{number:05d}.safetensors"

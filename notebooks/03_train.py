@@ -74,7 +74,7 @@ print(len(store), "trajectories for the improved recipe,", len(paper_store), "fo
 fields = {
     "critic_loss": "critic loss",
     "student_loss": "student loss",
-    "reconstruction_loss": "L1 to the teacher's states",
+    "reconstruction_loss": "L1 to the teacher's states, all heads",
 }
 records = live_curves(train_run(p, store, run_dir(p, store), images=images), fields)
 

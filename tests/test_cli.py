@@ -120,6 +120,7 @@ def test_evaluate_writes_a_row_with_its_protocol(tmp_path, student):
     assert protocol["reference_train"] == "train split, 1197 images"
     samples = sample_student(StudentPipeline.from_pretrained(student), 64, 3)
     heldout = load_images(load_preset("digits"), "heldout")[0]
+    assert row["recipe"] is None  # a pipeline alone does not say what made it
     assert row["fd_heldout"] == pytest.approx(Metric().compare(samples, heldout)["fd"], rel=1e-6)
     assert result.stdout.startswith(f"FD-digits {row['fd_train']:.3f} (train), {row['fd_heldout']:.3f} (held out)")
 

@@ -1,5 +1,6 @@
 import json
 from importlib.metadata import version
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,6 +13,7 @@ from advkd import figures
 from advkd.data import from_uint8, load_images, make_latent, seeded_noise, to_uint8
 from advkd.evaluation import Metric, milliseconds, nearest, protocol, sample_student, student_row, teacher_row
 from advkd.extractor import Extractor, accuracy, load_extractor, register
+from advkd.files import sha256
 from advkd.pipeline import StudentPipeline
 from advkd.presets import UserError, load_preset
 from advkd.run import load_run
@@ -169,12 +171,33 @@ def test_the_metric_is_named_for_what_it_is(metric, tmp_path, digits):
 
 
 def test_inception_weights_are_part_of_the_protocol(tmp_path):
-    (tmp_path / "weights.pth").write_bytes(b"weights")
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "weights.pth")
     inception = Metric(inception=tmp_path / "weights.pth")
     assert (inception.label, inception.features) == ("FID", 2048)
-    assert inception.protocol()["weights_sha256"].startswith("9a129038")
+    assert inception.protocol()["weights_sha256"] == sha256(tmp_path / "weights.pth")
     with pytest.raises(UserError, match="100 images are too few for 2048 features"):
         inception.compare(torch.zeros(100, 1, 16, 16), torch.zeros(100, 1, 16, 16))
+
+
+def test_downloaded_inception_weights_are_part_of_the_protocol(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    assert "weights_sha256" not in Metric(inception="download").protocol()
+    cached = tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
+    cached.parent.mkdir()
+    cached.write_bytes(b"weights")
+    assert Metric(inception="download").protocol()["weights_sha256"] == sha256(cached)
+
+
+def test_an_inception_file_that_runs_code_is_not_opened(tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    for payload, name in ((Malicious(), "evil.pth"), ({"weight": Malicious()}, "nested.pth")):
+        torch.save(payload, tmp_path / name)
+        with pytest.raises(UserError, match=f"{name} does not hold weights alone and is not opened"):
+            Metric(inception=tmp_path / name)
+    assert not (tmp_path / "executed").exists()
 
 
 def test_extractors_are_registered_by_their_weights():
@@ -222,7 +245,6 @@ def test_a_table_has_its_protocol_and_rows(tmp_path):
     table = json.loads(files[0].read_text())
     assert table.keys() == {"protocol", "rows"}
     assert table == {"protocol": {"images": 64}, "rows": rows}
-    assert figures.load_table(files[0]) == ({"images": 64}, rows)
     assert files[1].read_text().splitlines()[0] == "name,fd,parameters,recipe"
     assert files[2].read_text().splitlines() == [
         "| Model | FD | P |",

@@ -66,13 +66,12 @@ def test_lock_holds_every_dependency():
     assert wanted and wanted <= pinned
 
 
-def test_nothing_is_unpickled():
+def test_nothing_is_unpickled_but_tensors():
     sources = [*(ROOT / "advkd").glob("*.py"), *(ROOT / "notebooks").glob("*.py")]
     assert len(sources) > 15
     for path in sources:
-        assert not re.search(r"torch\.load\(|pickle\.\w|import pickle|torch\.save\(|weights_only", path.read_text()), (
-            path.name
-        )
+        forbidden = r"torch\.load\((?!.*weights_only=True)|weights_only=False|pickle\.\w|import pickle|torch\.save\("
+        assert not re.search(forbidden, path.read_text()), path.name
 
 
 def test_importing_the_package_does_nothing_heavy():
@@ -89,9 +88,6 @@ def test_every_figure_of_the_readme_and_of_its_map_exists():
         assert list((ROOT / "figures" / "digits").glob(name)), name
 
 
-def test_readme_shows_the_rows_of_table1():
-    def identities(table: str) -> list[list[str]]:
-        return [[cell.strip() for cell in line.split("|")[1:7]] for line in table.strip().splitlines()]
-
-    shown = (ROOT / "README.md").read_text().split("<!-- table1 -->")[1].split("<!-- /table1 -->")[0]
-    assert identities(shown) == identities((ROOT / "figures" / "digits" / "table1.md").read_text())
+def test_readme_shows_table1_as_regenerated():
+    shown = (ROOT / "README.md").read_text().split("<!-- table1 -->\n")[1].split("<!-- /table1 -->")[0]
+    assert shown == (ROOT / "figures" / "digits" / "table1.md").read_text()

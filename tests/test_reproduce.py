@@ -50,6 +50,30 @@ def test_a_failing_cell_is_named_and_earlier_work_is_kept(project, capsys):
     assert list(state) == ["a"]
 
 
+def test_a_kernel_that_dies_is_a_failure_too(project, capsys):
+    path = project / "notebooks" / "b.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[1].source = "import os; os._exit(1)"
+    nbformat.write(notebook, path)
+    assert reproduce.reproduce("digits", {}) == 1
+    captured = capsys.readouterr()
+    assert "notebook b failed in runs/digits/b.ipynb: Kernel died" in captured.err and "failed" in captured.out
+
+
+def test_readme_follows_the_regenerated_table(project):
+    text = "Table\n<!-- table1 -->\nold\n<!-- /table1 -->\nfloor <!-- floor -->0<!-- /floor -->, end\n"
+    (project / "README.md").write_text(text)
+    reproduce.update_readme(project)
+    assert (project / "README.md").read_text() == text  # there is no table yet
+    figures = project / "figures/digits"
+    figures.mkdir(parents=True)
+    (figures / "table1.json").write_text(json.dumps({"protocol": {"floor_real_heldout_against_train": 1.2345}}))
+    (figures / "table1.md").write_text("| \\1 new |\n")
+    reproduce.update_readme(project)
+    new = "Table\n<!-- table1 -->\n| \\1 new |\n<!-- /table1 -->\nfloor <!-- floor -->1.23<!-- /floor -->, end\n"
+    assert (project / "README.md").read_text() == new
+
+
 def test_unknown_parameters_and_presets_are_refused_before_anything_runs(project):
     with pytest.raises(UserError, match=r"'nunber'.*number, preset"):
         reproduce.reproduce("digits", {"nunber": "1"})
