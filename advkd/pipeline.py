@@ -29,7 +29,7 @@ class StudentPipeline(DiffusionPipeline):
         """Images of the samples `first_index`, `first_index` + 1, ... of `seed`: each depends on its index alone.
 
         `noise` `(b, c, h, w)`, standard normal, takes the place of the seeded noise; the teacher started from the same
-        noise makes the comparable image. `stage` picks a submodule's head. `output_type` is "pil", "np"
+        noise makes the comparable image. At 4 x 4 it is the latent itself. `stage` picks a submodule's head. `output_type` is "pil", "np"
         (`(b, h, w, c)` in [0, 1]) or "pt" (`(b, c, h, w)` in [-1, 1]). Raises UserError for any other.
         """
         if output_type not in ("pil", "np", "pt"):

@@ -76,8 +76,8 @@ stage_times(p.submodules)
 # Each step gives us two pictures: the noisy state $x_t$ itself, which the paper uses as targets, and the image that the
 # teacher *expects* at that time, $\hat x_0 = (x_t - \sqrt{1 - \bar\alpha_t}\,\hat\varepsilon) / \sqrt{\bar\alpha_t}$. Look at the
 # left half: $x_t$ is plain noise down to $t \approx 400$, and plain grey once it is shrunk for the first submodules. A target
-# without information teaches nothing. $\hat x_0$ shows the ghost of a digit from $t = 799$ on. Only at $t = 999$ it is no better:
-# there $\sqrt{\bar\alpha_t} = 0.00635$, the formula multiplies the network's error by 157, and the result is clipped to $[-1, 1]$.
+# without information teaches nothing. $\hat x_0$ is a blot at $t = 899$, a blurred digit from $t = 799$ on, and sharpens. Only at
+# $t = 999$ it is no better than noise: there $\sqrt{\bar\alpha_t} = 0.00635$, the formula multiplies the network's error by 157, and the result is clipped to $[-1, 1]$.
 
 # %%
 noise = seeded_noise([sample], p.image_shape, seed=0)
@@ -120,7 +120,7 @@ shares = []
 for sampler, images in ends.items():
     groups = images.view(noises, repeats, -1)
     share = 1 - groups.var(dim=1, correction=0).mean() / images.flatten(1).var(dim=0, correction=0).mean()
-    shares.append({"model": "teacher", "sampler": sampler, "variance_explained_by_noise": round(share.item(), 3)})
+    shares.append({"model": "teacher", "sampler": sampler, "variance_explained_by_noise": round(share.item(), 2)})
 protocol = {"noises": noises, "repeats": repeats, "noise_seed": 0, "ancestral_seed": 7}
 _ = save_table(shares, protocol, f"figures/{preset}", "noise_to_image")
 shares
@@ -134,6 +134,6 @@ assert shares[1]["variance_explained_by_noise"] > 0.99 > 0.6 > shares[0]["varian
 #
 # ## Exercises
 #
-# 1. Set `sample` to another index. Is the guess at $t = 999$ always the same blur? Why?
+# 1. Set `sample` to another index. Why is the guess at $t = 999$ black and white, and the one at $t = 899$ grey?
 # 2. Run DDIM with 10 and with 5 steps. Where do the images break?
 # 3. Replace the teacher by your own: `papermill notebooks/01_teacher.ipynb out.ipynb -p teacher FOLDER`.

@@ -236,6 +236,12 @@ def test_rows_say_what_was_measured(pipeline, teacher):
     assert (other["parameters"], other["sampler"], other["steps"]) == (teacher.parameters, "ddim", 50)
 
 
+def test_a_latent_of_its_own_goes_in_as_noise_of_4_by_4(pipeline):
+    latent = torch.randn(3, 1, 4, 4) / 8
+    images = pipeline(noise=latent, output_type="pt").images
+    assert torch.equal(images, pipeline.student(latent).detach())
+
+
 def test_a_table_has_its_protocol_and_rows(tmp_path):
     rows = [{"name": "teacher", "fd": 1.2345, "parameters": 1062497, "recipe": None}, {"name": "student", "fd": 250.4}]
     files = figures.save_table(
