@@ -164,4 +164,8 @@ def load_checkpoint(path: Path, modules: dict[str, nn.Module], optimizers: dict[
                     _, index, key = full.split("/")
                     moments.setdefault(int(index), {})[key] = file.get_tensor(full)
             optimizer.load_state_dict({"state": moments, "param_groups": groups[name]})
+            for parameter, restored in optimizer.state.items():
+                for key, value in restored.items():
+                    if value.shape == parameter.shape:  # fused optimizers need the parameter's memory layout
+                        restored[key] = torch.empty_like(parameter).copy_(value)
     return state

@@ -171,7 +171,11 @@ class _Loop:
             submodule.requires_grad_(i <= k)
         self.modules["critic"] = critic
         trainable = [q for q in self.student.parameters() if q.requires_grad]
-        adam = {"lr": p.learning_rate, "betas": p.betas}
+        adam = {
+            "lr": p.learning_rate,
+            "betas": p.betas,
+            "fused": True,
+        }  # one pass over the weights: a tenth of a step here
         self.optimizers = {
             "student_optimizer": torch.optim.Adam(trainable, **adam),
             "critic_optimizer": torch.optim.Adam(critic.parameters(), **adam),
