@@ -43,4 +43,4 @@ lock: env
 		--no-annotate --no-header --python-version 3.10 --extra dev pyproject.toml -o requirements.lock
 
 clean:
-	rm -rf runs .venv
+	rm -rf runs/digits .venv  # what was trained elsewhere below runs/ stays

@@ -22,7 +22,7 @@ class _Commands(click.Group):
     def main(self, *args, **kwargs):
         try:
             return super().main(*args, **kwargs)
-        except UserError as error:
+        except (UserError, OSError) as error:
             click.echo(f"advkd: error: {error}", err=True)
             sys.exit(2)
 
@@ -42,6 +42,7 @@ RECIPE = click.option("--recipe", default="improved", help="How to train the stu
 OUT = click.option("--out", type=click.Path(path_type=Path), required=True, help="Where to write.")
 COUNT = click.option("--count", type=click.IntRange(1), default=5000, help="Number of images.")
 SEED = click.option("--seed", type=click.IntRange(0), default=1, help="Seed of the noise.")
+TEACHER = click.option("--teacher", "source", help="A folder in diffusers format, or a hub id (default: the preset's).")
 STUDENT = click.argument("student", type=click.Path(path_type=Path))
 
 
@@ -60,6 +61,8 @@ def teacher(name: str, out: Path, steps: int, seed: int, resume: bool):
     from advkd.teacher import TeacherRecord, new_teacher, save_teacher, train_teacher
 
     checkpoint, preset = out / "checkpoint.safetensors", load_preset(name)
+    if (out / "model_index.json").exists():
+        raise UserError(f"{out} holds a finished teacher; choose another folder or remove it")
     if checkpoint.exists() and not resume:
         raise UserError(f"{out} holds an interrupted run; go on with --resume, or remove it")
     unet, scheduler = new_teacher(preset, seed)
@@ -97,6 +100,8 @@ def extractor(name: str, out: Path, steps: int, seed: int):
     from advkd.data import load_images
     from advkd.extractor import Extractor, accuracy, train_extractor
 
+    if (out / "config.json").exists():
+        raise UserError(f"{out} holds a finished extractor; choose another folder or remove it")
     preset = load_preset(name)
     train, heldout = load_images(preset, "train"), load_images(preset, "heldout")
     torch.manual_seed(seed)
@@ -112,13 +117,14 @@ def extractor(name: str, out: Path, steps: int, seed: int):
 @RECIPE
 @OUT
 @click.option("--count", type=click.IntRange(1), help="Number of trajectories (default: the preset's).")
-def trajectories(name: str, recipe: str, out: Path, count: int | None):
+@TEACHER
+def trajectories(name: str, recipe: str, out: Path, count: int | None, source: str | None):
     """Run the teacher and store the states that the student learns from; goes on where it was interrupted."""
     from advkd.teacher import load_teacher
     from advkd.trajectories import generate_trajectories
 
     preset = load_preset(name, recipe, **({"trajectories": count} if count else {}))
-    store = generate_trajectories(load_teacher(preset), preset, out)
+    store = generate_trajectories(load_teacher(preset, source), preset, out)
     click.echo(f"trajectories: {len(store)} in {out}")
 
 
@@ -131,24 +137,35 @@ def trajectories(name: str, recipe: str, out: Path, count: int | None):
     type=click.Path(path_type=Path),
     help="A store to train on (default: OUT/trajectories, made first).",
 )
+@TEACHER
 @OUT
 @click.option("--resume", is_flag=True, help="Go on from an interrupted run in the same folder.")
 @click.option("--steps", type=click.IntRange(1), help="Optimizer steps (improved recipe).")
 @click.option("--epochs", type=float, help="Stage k trains for EPOCHS * (k + 1) epochs (paper recipe).")
 @click.option("--seed", type=click.IntRange(0), help="Seed of weights and batches.")
 @click.option("--device", default="auto", help="auto, cuda, mps or cpu.")
-def train(name: str, recipe: str, store: Path | None, out: Path, resume: bool, device: str, **budget):
+def train(
+    name: str, recipe: str, store: Path | None, source: str | None, out: Path, resume: bool, device: str, **given
+):
     """Distil the trajectories into a student."""
     from advkd.data import load_images
     from advkd.run import finish, train_run
     from advkd.teacher import load_teacher
     from advkd.trajectories import TrajectoryStore, generate_trajectories
 
-    preset = load_preset(name, recipe, **{field: value for field, value in budget.items() if value is not None})
+    if store and source:
+        raise UserError("--teacher has made the --trajectories already; give one of the two")
+    preset = load_preset(name, recipe, **{field: value for field, value in given.items() if value is not None})
+    idle = {"joint": "epochs", "staged": "steps"}[preset.schedule]
+    if given[idle] is not None:
+        raise UserError(f"--{idle} has no effect on recipe {recipe!r}, whose schedule is {preset.schedule!r}")
     if store is None:
-        opened = generate_trajectories(load_teacher(preset), preset, out / "trajectories")
+        opened = generate_trajectories(load_teacher(preset, source), preset, out / "trajectories")
     else:
         opened = TrajectoryStore(store)
+        opened.verify()
+        made_with = ("trajectories", "sampler", "sampler_steps", "trajectory_seed", "teacher_dtype", "shard_size")
+        preset = preset.replace(**{field: opened.config[field] for field in made_with})
     images = load_images(preset, "train")[0] if preset.real_share else None
     last = finish(train_run(preset, opened, out, images=images, resume=resume, device=device))
     click.echo(f"student: {out / 'student'}, {last.step} steps, {last.images_seen} images seen")
@@ -188,14 +205,21 @@ def sample(student: Path, count: int, seed: int, out: Path):
 def evaluate(student: Path, name: str, count: int, seed: int, out: Path, inception: str | None, few: bool):
     """Compare a student's images with the real ones; writes a row with its protocol."""
     from advkd.data import load_images
-    from advkd.evaluation import Metric, protocol, sample_student, student_row
+    from advkd.evaluation import Metric, protocol, sample_student, student_latency_ms, student_row
     from advkd.files import write_json
-    from advkd.run import load_run, recipe_of
+    from advkd.run import load_run, read_run
 
     preset, pipeline, metric = load_preset(name), load_run(student), Metric(inception=inception)
-    images = sample_student(pipeline, count, seed)
+    shape = (pipeline.student.config.channels, pipeline.student.config.image_size_px)
+    if shape != (preset.channels, preset.image_size_px):
+        raise UserError(
+            f"{student} makes {shape[0]} channels at {shape[1]} px, "
+            f"but preset {name!r} has {preset.channels} at {preset.image_size_px}"
+        )
     train_images, heldout = load_images(preset, "train")[0], load_images(preset, "heldout")[0]
-    row = student_row(pipeline, recipe_of(student)) | metric.evaluate(images, train_images, heldout, few)
+    images, made = sample_student(pipeline, count, seed), read_run(student)
+    row = student_row(pipeline, made and made["preset"]["recipe"])
+    row |= metric.evaluate(images, train_images, heldout, few) | {"ms_per_image": student_latency_ms(pipeline)}
     write_json(out, {"protocol": protocol(metric, count, seed, train_images, heldout), "rows": [row]})
     click.echo(f"{metric.label} {row['fd_train']:.3f} (train), {row['fd_heldout']:.3f} (held out): {out}")
 

@@ -78,21 +78,7 @@ class Metric:
         count = min(len(samples), len(reference))
         if count < self.features and not few:
             raise UserError(f"{count} images are too few for {self.features} features; take more, or say few=True")
-        values = torch_fidelity.calculate_metrics(
-            input1=_Images(samples, self.rgb),
-            input2=_Images(reference, self.rgb),
-            feature_extractor=self.extractor,
-            feature_extractor_weights_path=self.weights,
-            fid=True,
-            kid=True,
-            prc=True,
-            kid_subset_size=min(500, count),
-            batch_size=250,
-            cuda=torch.cuda.is_available(),
-            cache=False,
-            save_cpu_ram=True,
-            verbose=False,
-        )
+        values = self._calculate(samples, reference, kid=True, prc=True, kid_subset_size=min(500, count))
         names = {
             "fd": "frechet_inception_distance",
             "kid": "kernel_inception_distance_mean",
@@ -100,6 +86,33 @@ class Metric:
             "recall": "recall",
         }
         return {name: float(values[key]) for name, key in names.items()}
+
+    def _calculate(self, samples: Tensor, reference: Tensor, **metrics) -> dict[str, float]:
+        return torch_fidelity.calculate_metrics(
+            input1=_Images(samples, self.rgb),
+            input2=_Images(reference, self.rgb),
+            feature_extractor=self.extractor,
+            feature_extractor_weights_path=self.weights,
+            fid=True,
+            **metrics,
+            batch_size=250,
+            cuda=False,
+            cache=False,
+            save_cpu_ram=True,
+            verbose=False,
+        )
+
+    def fd_of_subsets(self, samples: Tensor, reference: Tensor, size: int) -> tuple[float, float]:
+        """Mean and standard deviation of the distance over the disjoint subsets of `size` samples.
+
+        The Frechet distance falls as samples are added: only at the same size are two models comparable. Raises
+        UserError for fewer than two subsets.
+        """
+        if len(samples) < 2 * size:
+            raise UserError(f"{len(samples)} images do not make two subsets of {size}; take more images")
+        subsets = samples[: len(samples) // size * size].split(size)
+        distances = [self._calculate(subset, reference)["frechet_inception_distance"] for subset in subsets]
+        return statistics.mean(distances), statistics.stdev(distances)
 
     def evaluate(self, samples: Tensor, train: Tensor, heldout: Tensor, few: bool = False) -> dict[str, float]:
         """The quality fields of a result row: against the train split, and the distance to the held-out split."""
@@ -155,6 +168,16 @@ def nearest(samples: Tensor, references: Tensor) -> Tensor:
     return torch.cdist(samples.flatten(1), references.flatten(1)).argmin(1)
 
 
+def pull_to_train(samples: Tensor, train: Tensor, heldout: Tensor) -> float:
+    """Share of the samples nearer (pixel L2) to a training image than to any of equally many held-out images.
+
+    0.5 is neutral; a student that memorised its training images has 1.
+    """
+    count = min(len(train), len(heldout))
+    to_train, to_heldout = (torch.cdist(samples.flatten(1), x[:count].flatten(1)).amin(1) for x in (train, heldout))
+    return (to_train < to_heldout).float().mean().item()
+
+
 def student_row(pipeline: StudentPipeline, recipe: str | None) -> dict:
     """What a result row says of a student before it is measured."""
     student = pipeline.student
@@ -165,6 +188,7 @@ def student_row(pipeline: StudentPipeline, recipe: str | None) -> dict:
         "steps": 1,
         "parameters": count_parameters(student),
         "deployable_parameters": count_parameters(student.generator()),
+        "size_mb": count_parameters(student) * 4e-6,
     }
 
 
@@ -177,6 +201,7 @@ def teacher_row(teacher: Teacher, sampler: str, steps: int) -> dict:
         "steps": steps,
         "parameters": teacher.parameters,
         "deployable_parameters": teacher.parameters,
+        "size_mb": teacher.parameters * 4e-6,
     }
 
 
@@ -203,6 +228,7 @@ def protocol(metric: Metric, images: int, seed: int, train: Tensor, heldout: Ten
         "sampling_seed": seed,
         "reference_train": f"train split, {len(train)} images",
         "reference_heldout": f"held-out split, {len(heldout)} images",
+        "size_mb": "all parameters in float32, 10^6 bytes",
         "ms_per_image": "batch 1, float32, median of 20; teacher: one U-Net step times the number of steps",
         "device": f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),

@@ -5,7 +5,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor
 
 from advkd.data import make_latent, seeded_noise
-from advkd.presets import UserError
+from advkd.presets import LATENT_SIDE, UserError
 from advkd.student import Student
 
 
@@ -30,18 +30,23 @@ class StudentPipeline(DiffusionPipeline):
 
         `noise` `(b, c, h, w)`, standard normal, takes the place of the seeded noise; the teacher started from the same
         noise makes the comparable image. At 4 x 4 it is the latent itself. `stage` picks a submodule's head. `output_type` is "pil", "np"
-        (`(b, h, w, c)` in [0, 1]) or "pt" (`(b, c, h, w)` in [-1, 1]). Raises UserError for any other.
+        (`(b, h, w, c)` in [0, 1]) or "pt" (`(b, c, h, w)` in [-1, 1]). Raises UserError for any other, and for noise
+        of another shape.
         """
         if output_type not in ("pil", "np", "pt"):
             raise UserError(f"there is no output_type {output_type!r}; output types: pil, np, pt")
         config = self.student.config
+        shape = (config.channels, config.image_size_px, config.image_size_px)
         if noise is None:
             if batch_size < 1:
                 raise UserError(f"batch_size is {batch_size}, but must be at least 1")
-            shape = (config.channels, config.image_size_px, config.image_size_px)
             noise = seeded_noise(range(first_index, first_index + batch_size), shape, seed)
+        if noise.ndim != 4 or tuple(noise.shape[1:]) not in (shape, (config.channels, LATENT_SIDE, LATENT_SIDE)):
+            raise UserError(f"noise has the shape {tuple(noise.shape)}, but must be (b, {', '.join(map(str, shape))})")
         latent = make_latent(noise.to(self.device)).to(self.student.dtype)
+        training = self.student.training
         images = self.student.eval()(latent, stage).float()
+        self.student.train(training)
         if output_type == "pt":
             return ImagePipelineOutput(images=images)
         array = (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()

@@ -128,6 +128,11 @@ def config_hash(config: dict) -> str:
 
 def check(p: Preset) -> None:
     """Raise UserError that names the field, its value and what is possible when a preset makes no sense."""
+    for field in dataclasses.fields(p):
+        value = getattr(p, field.name)
+        if field.type in (int, float) and (not isinstance(value, int | field.type) or not math.isfinite(value)):
+            kind = "a whole number" if field.type is int else "a finite number"
+            raise UserError(f"{field.name} is {value!r}, but must be {kind}")
     size, k = p.image_size_px, p.submodules
     if size < 8 or size & (size - 1):
         raise UserError(f"image_size_px is {size}, but must be a power of two, 8 or more")
@@ -144,6 +149,8 @@ def check(p: Preset) -> None:
         allowed, value = getattr(field.type, "__args__", ()), getattr(p, field.name)
         if allowed and all(isinstance(a, str) for a in allowed) and value not in allowed:
             raise UserError(f"{field.name} is {value!r}, but must be one of {', '.join(map(repr, allowed))}")
+    if p.data == "digits" and p.channels != 1:
+        raise UserError(f"channels is {p.channels}, but the digits are grey: channels=1")
     for field in ("real_share", "fresh_share", "decay_share", "ema"):
         if not 0 <= getattr(p, field) <= 1:
             raise UserError(f"{field} is {getattr(p, field)}, but must lie in [0, 1]")

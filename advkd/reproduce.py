@@ -24,6 +24,8 @@ def reproduce(preset: str, parameters: dict[str, str], force: bool = False) -> i
     package, the notebooks before it and the files that it wrote are what they were. Raises UserError for a
     parameter that no notebook has.
     """
+    if "preset" in parameters:
+        raise UserError(f"the preset is named by --preset {parameters['preset']}, not by a parameter")
     root = files.project_root()
     load_preset(preset)
     declared = {name: papermill.inspect_notebook(str(root / "notebooks" / f"{name}.ipynb")) for name in NOTEBOOKS}
@@ -53,7 +55,7 @@ def reproduce(preset: str, parameters: dict[str, str], force: bool = False) -> i
         state[name] = {"hash": upstream, "wrote": wrote}
         files.write_json(state_file, state)
         rows.append((name, seconds, "done", sorted(wrote)))
-    if preset == "digits":
+    if preset == "digits" and not parameters:  # the README shows the defaults
         update_readme(root)
     _summary(preset, rows)
     return 0

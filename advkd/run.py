@@ -11,15 +11,15 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 from advkd.discriminator import make_discriminator
-from advkd.files import CHECKPOINT_EVERY, quiet, read_checkpoint_state, read_records, write_csv, write_json
+from advkd.files import CHECKPOINT_EVERY, differences, quiet, read_checkpoint_state, read_records, write_csv, write_json
 from advkd.pipeline import StudentPipeline
 from advkd.presets import Preset, UserError, config_hash
 from advkd.presets import asdict as preset_fields
 from advkd.student import Student
-from advkd.train_advkd import Plan, TrainRecord, checkpoint_differences, train_advkd
+from advkd.train_advkd import Plan, TrainRecord, pick_device, train_advkd
 from advkd.trajectories import TrajectoryStore
 
-CHECKPOINT, CURVES, PIPELINE, PRESET = "checkpoint.safetensors", "curves.csv", "student", "preset.json"
+CHECKPOINT, CURVES, PIPELINE, RUN = "checkpoint.safetensors", "curves.csv", "student", "run.json"
 
 
 def run_dir(preset: Preset, trajectories: TrajectoryStore) -> Path:
@@ -41,17 +41,20 @@ def train_run(
     """Train the preset's student in `folder`; yields all its records, those of an earlier, interrupted call first.
 
     The folder then holds `student/` (a StudentPipeline), `curves.csv`, TensorBoard events in `logs/`, the checkpoint and
-    the preset. A finished run is only read. Raises UserError when the folder is another preset's or, without
-    `resume`, when it holds a run already.
+    `run.json`: preset, configuration of the trajectories, device. A finished run is only read. Raises UserError when
+    the folder holds another run or, without `resume`, when it holds any.
     """
     folder = Path(folder)
-    if (folder / CHECKPOINT).exists() and not resume:
-        raise UserError(f"{folder} holds a run already; resume it, choose another folder or remove it")
-    earlier = _earlier(folder, preset, trajectories)
-    yield from earlier
+    this = {"preset": preset_fields(preset), "trajectories": trajectories.config}
+    _check_folder(folder, this, resume)
     if (folder / PIPELINE / "model_index.json").exists():
+        yield from read_curves(folder)
         return
-    write_json(folder / PRESET, preset_fields(preset))
+    earlier = []
+    if (folder / CHECKPOINT).exists():
+        earlier = read_curves(folder)[: read_checkpoint_state(folder / CHECKPOINT)["step"]]
+        yield from earlier
+    write_json(folder / RUN, this | {"device": str(pick_device(device))})
     student, records = Student.from_preset(preset), list(earlier)
     steps = train_advkd(
         student,
@@ -80,23 +83,24 @@ def train_run(
     StudentPipeline(student).save_pretrained(folder / PIPELINE)
 
 
-def _earlier(folder: Path, preset: Preset, trajectories: TrajectoryStore) -> list[TrainRecord]:
-    """The records up to the last checkpoint."""
-    if not (folder / CHECKPOINT).exists():
-        return []
-    state = read_checkpoint_state(folder / CHECKPOINT)
-    if different := checkpoint_differences(state, preset, trajectories):
-        raise UserError(
-            f"{folder} belongs to another preset ({'; '.join(different)}); choose another folder or remove it"
-        )
-    return read_curves(folder)[: state["step"]]
+def _check_folder(folder: Path, this: dict, resume: bool) -> None:
+    if not any((folder / name).exists() for name in (RUN, CHECKPOINT, PIPELINE)):
+        return
+    other = "choose another folder or remove it"
+    if (folder / CHECKPOINT).exists() and not resume:
+        raise UserError(f"{folder} holds a run already; resume it, {other}")
+    made = read_run(folder)
+    if made is None:
+        raise UserError(f"{folder} does not say what it holds (no {RUN}); {other}")
+    if different := [d for part, wanted in this.items() for d in differences(made[part], wanted)]:
+        raise UserError(f"{folder} belongs to another preset ({'; '.join(different)}); {other}")
 
 
 def read_curves(folder: Path | str) -> list[TrainRecord]:
     """The records of a run, from its CSV. Raises UserError when it is missing."""
     path = Path(folder) / CURVES
     if not path.exists():
-        raise UserError(f"{path} is missing beside the checkpoint; remove {folder} to start afresh")
+        raise UserError(f"{path} is missing; remove {folder} to start afresh")
     return read_records(path, TrainRecord)
 
 
@@ -118,15 +122,18 @@ def load_run(folder: Path | str) -> StudentPipeline:
     for path in (Path(folder) / PIPELINE, Path(folder)):
         if (path / "model_index.json").exists():
             diffusers_logging.disable_progress_bar()  # one component, nothing to wait for
-            pipeline = StudentPipeline.from_pretrained(path)
+            try:
+                pipeline = StudentPipeline.from_pretrained(path)
+            except Exception as error:  # diffusers and safetensors raise many kinds for a foreign or a damaged folder
+                raise UserError(f"{path} holds no readable student ({str(error).splitlines()[0]})") from error
             pipeline.student.eval()
             return pipeline
     raise UserError(f"{folder} holds no student; train one with: python -m advkd train --out {folder}")
 
 
-def recipe_of(folder: Path | str) -> str | None:
-    """The recipe that made the student in a run folder (or in its `student/`); None where no preset lies with it."""
-    for path in (Path(folder) / PRESET, Path(folder).parent / PRESET):
+def read_run(folder: Path | str) -> dict | None:
+    """`run.json` of a run folder (or of the one around its `student/`): preset, trajectories, device; None without one."""
+    for path in (Path(folder) / RUN, Path(folder).parent / RUN):
         if path.exists():
-            return json.loads(path.read_text())["recipe"]
+            return json.loads(path.read_text(encoding="utf-8"))
     return None

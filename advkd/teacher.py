@@ -24,6 +24,7 @@ from advkd.files import (
 )
 from advkd.presets import ASSETS, TRAIN_TIMESTEPS, Preset, UserError
 
+SCHEDULERS = {"DDPMScheduler": DDPMScheduler, "DDIMScheduler": DDIMScheduler}
 _FILES = ["*.json", "*.safetensors"]  # formats that cannot carry code
 
 
@@ -54,26 +55,27 @@ def load_teacher(preset: Preset, source: str | None = None) -> Teacher:
     scheduler_at = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
     try:
         unet = UNet2DModel.from_pretrained(unet_at, use_safetensors=True, torch_dtype=torch.float32)
-        name = json.loads((scheduler_at / "scheduler_config.json").read_text()).get("_class_name", "DDPMScheduler")
-        scheduler = (DDIMScheduler if name == "DDIMScheduler" else DDPMScheduler).from_pretrained(scheduler_at)
+        name = json.loads((scheduler_at / "scheduler_config.json").read_text()).get("_class_name")
+        if name not in SCHEDULERS:
+            raise UserError(f"teacher {source!r} has a {name}; supported schedulers: {', '.join(SCHEDULERS)}")
+        scheduler = SCHEDULERS[name].from_pretrained(scheduler_at)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"teacher {source!r} has no UNet2DModel (safetensors) and scheduler: {error}") from error
-    shape = (unet.config.in_channels, unet.config.sample_size)
-    if shape != (preset.channels, preset.image_size_px):
+    shape = (unet.config.in_channels, unet.config.out_channels, unet.config.sample_size)
+    if shape != (preset.channels, preset.channels, preset.image_size_px):
         raise UserError(
-            f"teacher {source!r} makes {shape[0]} channels at {shape[1]} px, "
+            f"teacher {source!r} maps {shape[0]} to {shape[1]} channels at {shape[2]} px, "
             f"but preset {preset.name!r} has {preset.channels} at {preset.image_size_px}"
         )
     if scheduler.config.num_train_timesteps != TRAIN_TIMESTEPS:
         raise UserError(
             f"teacher {source!r} has {scheduler.config.num_train_timesteps} timesteps; only {TRAIN_TIMESTEPS} are supported"
         )
-    weights_and_schedule = fingerprint(unet.state_dict(), json.dumps(_schedule(scheduler), sort_keys=True))
+    schedule = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    weights_and_schedule = fingerprint(unet.state_dict(), json.dumps(schedule, sort_keys=True, default=list))
     return Teacher(unet.eval().requires_grad_(False), scheduler, source, weights_and_schedule)
-
-
-def _schedule(scheduler: SchedulerMixin) -> dict:
-    return {key: value for key, value in scheduler.config.items() if not key.startswith("_") and key != "trained_betas"}
 
 
 def _find(source: str, revision: str | None) -> Path:

@@ -1,5 +1,6 @@
 """Adv-KD's adversarial training: the paper's stage-by-stage recipe and the improved joint one, in one loop."""
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ from advkd.trajectories import TrajectoryStore, as_images
 class TrainRecord:
     """One step: losses and the L2 norms of the gradients that the two optimizers used.
 
-    `penalty` is the unweighted gradient penalty of this step (None where lazy regularisation leaves it out).
+    `critic_loss` and `student_loss` are what is minimised: with the weighted penalty of this step, and with the weighted
+    reconstruction term, whose sum over the heads is `reconstruction_loss` (unweighted). `penalty` is the unweighted gradient penalty of this step (None where lazy regularisation leaves it out).
     """
 
     step: int
@@ -62,7 +64,8 @@ def train_advkd(
     state = {"preset": asdict(preset), "trajectories": trajectories.config, "step": 0}
     if resume and checkpoint and checkpoint.exists():
         state = read_checkpoint_state(checkpoint)
-        if different := checkpoint_differences(state, preset, trajectories):
+        different = differences(state["preset"], asdict(preset))
+        if different := different + differences(state["trajectories"], trajectories.config):
             raise UserError(f"{checkpoint} belongs to another preset ({'; '.join(different)})")
         loop.enter_stage(loop.plan.stage_of(max(state["step"] - 1, 0)))
         load_checkpoint(checkpoint, loop.modules, loop.optimizers)
@@ -74,17 +77,12 @@ def train_advkd(
     loop.finish()
 
 
-def checkpoint_differences(state: dict, preset: Preset, trajectories: TrajectoryStore) -> list[str]:
-    """What tells a checkpoint's preset and trajectories apart from these."""
-    return differences(state["preset"], asdict(preset)) + differences(state["trajectories"], trajectories.config)
-
-
 def pick_device(name: str = "auto") -> torch.device:
     """The device called `name`; "auto" is the first of cuda, mps, cpu that exists. Raises UserError if `name` does not."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind, available in there.items() if available))
-    if not there.get(name.split(":")[0], False):
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name) or not there[name.split(":")[0]]:
         raise UserError(
             f"device {name!r} is not available here; available: {', '.join(k for k, v in there.items() if v)}"
         )

@@ -122,7 +122,12 @@ def generate_trajectories(
     naming the differing fields if `folder` holds a store of another configuration.
     """
     folder, config = Path(folder), trajectory_config(teacher, preset)
-    manifest = _read_manifest(folder) or {"config": config, "teacher": teacher.source, "shards": {}}
+    manifest = _read_manifest(folder) or {
+        "config_hash": config_hash(config),
+        "config": config,
+        "teacher": teacher.source,
+        "shards": {},
+    }
     if different := differences(manifest["config"], config):
         raise UserError(
             f"{folder} holds other trajectories ({'; '.join(different)}); choose another folder or remove it"
@@ -161,7 +166,10 @@ def _shard(teacher: Teacher, preset: Preset, scheduler: SchedulerMixin, indices:
 def _read_manifest(folder: Path) -> dict | None:
     path = folder / MANIFEST
     try:
-        return json.loads(path.read_text()) if path.exists() else None
+        manifest = json.loads(path.read_text()) if path.exists() else None
+        if manifest is not None and not {"config", "shards"} <= manifest.keys():
+            raise ValueError("no config, no shards")
+        return manifest
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); remove {folder} and generate it again") from error
 
@@ -207,5 +215,7 @@ class TrajectoryStore:
     def verify(self) -> None:
         """Compare every shard with its checksum. Raises UserError that names a shard that changed."""
         for file, entry in self.shards.items():
-            if sha256(self.folder / file) != entry["sha256"]:
-                raise UserError(f"{self.folder / file} is damaged; remove it and run the command that made it again")
+            if not (self.folder / file).exists() or sha256(self.folder / file) != entry["sha256"]:
+                raise UserError(
+                    f"{self.folder / file} is damaged or missing; remove it and run the command that made it again"
+                )

@@ -1,5 +1,6 @@
 import json
 import re
+from types import SimpleNamespace
 
 import click
 import numpy as np
@@ -11,7 +12,7 @@ from advkd.__main__ import cli
 from advkd.data import load_images
 from advkd.evaluation import Metric, sample_student
 from advkd.pipeline import StudentPipeline
-from advkd.presets import load_preset
+from advkd.presets import ASSETS, load_preset
 from advkd.student import Student
 
 COMMANDS = ["evaluate", "extractor", "reproduce", "sample", "teacher", "train", "trajectories"]
@@ -61,7 +62,13 @@ def test_help_lists_every_option_with_its_meaning(name):
     [
         (["trajectories", "--preset", "mnist", "--out", "x"], "no preset 'mnist'; presets: digits, celebahq"),
         (["train", "--recipe", "best", "--out", "x"], "no recipe 'best'; recipes: paper, improved"),
-        (["train", "--epochs", "0", "--out", "x", "--trajectories", "y"], "epochs is 0.0, but must be positive"),
+        (["train", "--recipe", "paper", "--epochs", "0", "--out", "x"], "epochs is 0.0, but must be positive"),
+        (["train", "--epochs", "5", "--out", "x"], "--epochs has no effect on recipe 'improved'"),
+        (["train", "--recipe", "paper", "--steps", "5", "--out", "x"], "--steps has no effect on recipe 'paper'"),
+        (["train", "--teacher", "t", "--trajectories", "y", "--out", "x"], "--teacher has made the --trajectories"),
+        (["trajectories", "--teacher", "nowhere/else/t", "--out", "x"], "'nowhere/else/t'"),
+        (["evaluate", str(ASSETS / "digits-teacher"), "--out", "x.json"], "holds no readable student"),
+        (["reproduce", "-p", "preset", "celebahq"], "the preset is named by --preset celebahq"),
         (["train", "--trajectories", "nowhere", "--out", "x"], "nowhere holds no trajectories"),
         (["sample", "nowhere", "--out", "x.png"], "nowhere holds no student"),
         (["evaluate", "nowhere", "--out", "x.json"], "nowhere holds no student"),
@@ -73,6 +80,32 @@ def test_user_errors_are_one_line_and_status_2(tmp_path, monkeypatch, arguments,
     monkeypatch.chdir(tmp_path)
     assert_user_error(invoke(*arguments), message)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_finished_is_not_overwritten():
+    for command in ("teacher", "extractor"):
+        folder = ASSETS / f"digits-{command}"
+        assert_user_error(invoke(command, "--out", folder), f"digits-{command} holds a finished {command}; choose")
+
+
+def test_a_student_of_another_size_is_not_evaluated(tmp_path, improved):
+    other = improved.replace(image_size_px=8, widths=(4,))
+    StudentPipeline(Student.from_preset(other)).save_pretrained(tmp_path / "s")
+    result = invoke("evaluate", tmp_path / "s", "--out", tmp_path / "x.json")
+    assert_user_error(result, "makes 1 channels at 8 px, but preset 'digits' has 1 at 16")
+
+
+def test_an_unwritable_place_is_one_line(tmp_path, student):
+    (tmp_path / "file").touch()
+    assert_user_error(invoke("sample", student, "--out", tmp_path / "file" / "x.png"), "file")
+
+
+def test_training_takes_over_what_a_given_store_was_made_with(tmp_path, monkeypatch, store):
+    trained = []
+    record = SimpleNamespace(step=1, images_seen=1)
+    monkeypatch.setattr("advkd.run.train_run", lambda preset, *_, **__: trained.append(preset) or [record])
+    assert invoke("train", "--trajectories", store.folder, "--out", tmp_path).exit_code == 0
+    assert (trained[0].sampler_steps, trained[0].trajectories) == (10, 12)  # the preset itself has 50 and 5000
 
 
 def test_an_interrupted_teacher_is_not_overwritten(tmp_path):

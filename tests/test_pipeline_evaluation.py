@@ -11,7 +11,16 @@ from scipy.linalg import eigvals
 
 from advkd import figures
 from advkd.data import from_uint8, load_images, make_latent, seeded_noise, to_uint8
-from advkd.evaluation import Metric, milliseconds, nearest, protocol, sample_student, student_row, teacher_row
+from advkd.evaluation import (
+    Metric,
+    milliseconds,
+    nearest,
+    protocol,
+    pull_to_train,
+    sample_student,
+    student_row,
+    teacher_row,
+)
 from advkd.extractor import Extractor, accuracy, load_extractor, register
 from advkd.files import sha256
 from advkd.pipeline import StudentPipeline
@@ -234,6 +243,36 @@ def test_rows_say_what_was_measured(pipeline, teacher):
     other = teacher_row(teacher, "ddim", 50)
     assert other.keys() == row.keys()
     assert (other["parameters"], other["sampler"], other["steps"]) == (teacher.parameters, "ddim", 50)
+
+
+def test_noise_of_another_size_is_refused(pipeline):
+    for shape in ((2, 1, 8, 8), (2, 3, 16, 16), (1, 16, 16)):
+        with pytest.raises(UserError, match=r"noise has the shape .* but must be \(b, 1, 16, 16\)"):
+            pipeline(noise=torch.zeros(shape))
+
+
+def test_sampling_leaves_the_student_in_its_mode(pipeline):
+    for training in (True, False):
+        pipeline.student.train(training)
+        pipeline(batch_size=1)
+        assert pipeline.student.training is training
+
+
+def test_distances_of_subsets_are_of_disjoint_images_of_one_size(digits):
+    train, heldout = digits
+    metric = Metric()
+    mean, sd = metric.fd_of_subsets(train[:150], heldout, 64)
+    each = [metric.compare(train[i : i + 64], heldout)["fd"] for i in (0, 64)]
+    assert mean == pytest.approx(sum(each) / 2) and sd == pytest.approx(abs(each[0] - each[1]) / 2**0.5)
+    with pytest.raises(UserError, match="100 images do not make two subsets of 64"):
+        metric.fd_of_subsets(train[:100], heldout, 64)
+
+
+def test_pull_to_train_is_the_share_of_samples_nearer_to_train(digits):
+    train, heldout = digits
+    assert pull_to_train(torch.cat([train[:3], heldout[:1]]), train, heldout) == 0.75
+    beyond = torch.cat([train, train[:1] * 0 + 0.3])  # only as many training images count as are held out
+    assert pull_to_train(beyond[-1:], beyond, heldout) == pull_to_train(beyond[-1:], train, heldout)
 
 
 def test_a_latent_of_its_own_goes_in_as_noise_of_4_by_4(pipeline):

@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -39,6 +40,10 @@ def test_unknown_field_lists_the_fields(change):
         ("sampler_steps", 30, "sampler_steps is 30, but must divide 1000"),
         ("sampler", "euler", "sampler is 'euler', but must be one of 'ddpm', 'ddim'"),
         ("block", "dense", "block is 'dense', but must be one of 'plain', 'residual'"),
+        ("learning_rate", math.nan, "learning_rate is nan, but must be a finite number"),
+        ("epochs", math.inf, "epochs is inf, but must be a finite number"),
+        ("steps", 10.5, "steps is 10.5, but must be a whole number"),
+        ("channels", 3, "channels is 3, but the digits are grey: channels=1"),
         ("train_dtype", "float16", "train_dtype is 'float16', but must be one of 'float32', 'bfloat16'"),
         ("real_share", 1.5, "real_share is 1.5, but must lie in"),
         ("ema", -0.1, "ema is -0.1, but must lie in"),

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, UNet2DModel
 from huggingface_hub import constants
 from torch import nn
 
@@ -66,21 +66,38 @@ def test_fingerprint_tells_weights_and_schedules_apart(tmp_path, improved, teach
         "weights": (make_unet(seed=1), linear_schedule()),
         "schedule": (make_unet(), DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")),
         "prediction": (make_unet(), linear_schedule(prediction_type="v_prediction")),
+        "betas": (make_unet(), linear_schedule(trained_betas=np.linspace(1e-4, 2e-2, 1000).tolist())),
+        "other betas": (make_unet(), linear_schedule(trained_betas=np.linspace(1e-4, 3e-2, 1000).tolist())),
     }
     prints = {teacher.fingerprint}
     for name, (unet, scheduler) in save.items():
         unet.save_pretrained(tmp_path / name / "unet")
         scheduler.save_pretrained(tmp_path / name / "scheduler")
         prints.add(load_teacher(improved, str(tmp_path / name)).fingerprint)
-    assert len(prints) == 4
+    assert len(prints) == 6
 
 
 @pytest.mark.parametrize(("size_px", "channels"), [(8, 1), (16, 3)])
 def test_a_teacher_of_another_shape_is_refused(tmp_path, improved, make_unet, linear_schedule, size_px, channels):
     make_unet(size_px, channels).save_pretrained(tmp_path / "unet")
     linear_schedule().save_pretrained(tmp_path / "scheduler")
-    message = f"makes {channels} channels at {size_px} px, but preset 'digits' has 1 at 16"
+    message = f"maps {channels} to {channels} channels at {size_px} px, but preset 'digits' has 1 at 16"
     with pytest.raises(UserError, match=message):
+        load_teacher(improved, str(tmp_path))
+
+
+def test_a_teacher_with_an_unsupported_scheduler_is_refused(tmp_path, improved, make_unet):
+    make_unet().save_pretrained(tmp_path / "unet")
+    EulerDiscreteScheduler().save_pretrained(tmp_path / "scheduler")
+    with pytest.raises(UserError, match="has a EulerDiscreteScheduler; supported schedulers: DDPMScheduler, DDIM"):
+        load_teacher(improved, str(tmp_path))
+
+
+def test_a_teacher_that_also_predicts_variances_is_refused(tmp_path, improved, make_unet, linear_schedule):
+    unet = make_unet()
+    UNet2DModel.from_config(unet.config, out_channels=2).save_pretrained(tmp_path / "unet")
+    linear_schedule().save_pretrained(tmp_path / "scheduler")
+    with pytest.raises(UserError, match="maps 1 to 2 channels"):
         load_teacher(improved, str(tmp_path))
 
 

@@ -1,4 +1,5 @@
 import csv
+import inspect
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -9,11 +10,11 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from advkd import run, train_advkd
+from advkd import losses, run, train_advkd
 from advkd.data import load_images
 from advkd.discriminator import make_discriminator
 from advkd.files import read_checkpoint_state
-from advkd.presets import UserError, load_preset
+from advkd.presets import ASSETS, UserError, load_preset
 from advkd.student import Student
 from advkd.train_advkd import Plan, pick_device
 from advkd.trajectories import TrajectoryStore
@@ -102,9 +103,29 @@ def test_two_steps_of_stage_0_move_submodule_0_and_the_critic_within_its_clip(pa
     assert kernels(critic_before) <= changed(clamped, snapshot(critics[0]))
 
 
-def test_a_step_of_the_papers_recipe_is_the_published_one(paper, store):
-    preset = paper.replace(penalty_weight=0)
-    _, _, records = start(preset, store)
+def assert_close(module, other):
+    """Convolutions and linear layers alike, to rounding."""
+    mine, theirs = module.state_dict(), other.state_dict()
+    for name in kernels(mine, ""):
+        torch.testing.assert_close(mine[name], theirs[name], atol=2e-5, rtol=1e-3, msg=name)
+
+
+def spy(monkeypatch, name):
+    """The arguments of the last call of a loss."""
+    original, arguments = getattr(losses, name), {}
+    names = list(inspect.signature(original).parameters)
+
+    def call(*given):
+        arguments.update(zip(names, given, strict=True))
+        return original(*given)
+
+    monkeypatch.setattr(losses, name, call)
+    return arguments
+
+
+def test_a_step_of_the_papers_recipe_is_the_published_one(monkeypatch, paper, store):
+    preset, penalised = paper, spy(monkeypatch, "gradient_penalty")
+    trained, critics, records = start(preset, store)
     student, critic = Student.from_preset(preset).train(), make_discriminator(preset, 0).train()
     adam = dict(lr=1e-4, betas=(0.5, 0.999))
     optimizers = [
@@ -116,7 +137,13 @@ def test_a_step_of_the_papers_recipe_is_the_published_one(paper, store):
         batch = plan.batch(step)
         latent, real = store.latents("shrink8bit")[batch], store.targets(0, "xt")[batch]
         fake = student(latent, 0)
+        record = next(records)
+        weight = penalised["weight"]
+        assert weight.shape == (4, 1, 1, 1) and 0 <= weight.min() < weight.max() < 1
         critic_loss = F.softplus(-critic(real, latent)).mean() + F.softplus(critic(fake.detach(), latent)).mean()
+        between = (fake.detach() + weight * (real - fake.detach())).requires_grad_()
+        (slope,) = torch.autograd.grad(critic(between, latent).sum(), between, create_graph=True)
+        critic_loss = critic_loss + 10 * (slope.square().sum((1, 2, 3)).sqrt() - 1).square().mean()
         optimizers[0].zero_grad()
         critic_loss.backward()
         optimizers[0].step()
@@ -127,10 +154,39 @@ def test_a_step_of_the_papers_recipe_is_the_published_one(paper, store):
         optimizers[1].zero_grad()
         student_loss.backward()
         optimizers[1].step()
-        record = next(records)
         assert record.critic_loss == pytest.approx(critic_loss.item(), rel=1e-4)
         assert record.student_loss == pytest.approx(student_loss.item(), rel=1e-4)
         assert record.images_seen == 4 * (step + 1)
+    assert_close(critics[0], critic)
+    assert_close(trained, student)
+
+
+def test_a_step_of_the_improved_recipe_by_hand(monkeypatch, improved, store, images):
+    preset = improved.replace(penalty_weight=0.5, penalty_every=2, reconstruction_weight=0.3, ema=0.0)
+    penalised, latents = spy(monkeypatch, "r1_penalty"), []
+    trained, critics, records = start(preset, store, images)
+    trained.stages[0].layers.register_forward_pre_hook(lambda _, args: latents.append(args[0].clone()))
+    student, critic = Student.from_preset(preset).train(), make_discriminator(preset, 2).train()
+    adam = dict(lr=preset.learning_rate, betas=preset.betas)
+    optimizers = [torch.optim.Adam(module.parameters(), **adam) for module in (critic, student)]
+    record, batch = next(records), Plan(preset, len(store)).batch(0)
+    heads, real = student.images(latents[0]), penalised["real"].detach().requires_grad_()
+    targets = [store.targets(k, "x0")[batch] for k in range(3)]
+    assert torch.equal(real[: len(batch)], targets[2])
+    (slope,) = torch.autograd.grad(critic(real).sum(), real, create_graph=True)
+    critic_loss = F.softplus(-critic(real)).mean() + F.softplus(critic(heads[-1].detach())).mean()
+    critic_loss = critic_loss + 0.5 * 2 * slope.square().sum((1, 2, 3)).mean()
+    critic_loss.backward()
+    optimizers[0].step()
+    l1 = sum((head[: len(batch)] - target).abs().mean() for head, target in zip(heads, targets, strict=True))
+    student_loss = F.softplus(-critic(heads[-1])).mean() + 0.3 * l1
+    student_loss.backward()
+    optimizers[1].step()
+    assert record.critic_loss == pytest.approx(critic_loss.item(), rel=1e-4)
+    assert record.student_loss == pytest.approx(student_loss.item(), rel=1e-4)
+    assert record.reconstruction_loss == pytest.approx(l1.item(), rel=1e-4)
+    assert_close(critics[2], critic)
+    assert_close(trained, student)
 
 
 def test_joint_training_moves_every_submodule_head_and_the_critic(improved, store, images):
@@ -287,7 +343,7 @@ def test_a_finished_run_is_only_read_and_holds_no_pickle(tmp_path, every, paper,
     kept = [file for file in files if file.parent != tmp_path / "logs"]
     assert {file.suffix for file in kept} == {".safetensors", ".json", ".csv"}
     assert all(file.name.startswith("events.out.tfevents") for file in files if file not in kept)
-    assert {file.name for file in kept} >= {"checkpoint.safetensors", "curves.csv", "preset.json", "model_index.json"}
+    assert {file.name for file in kept} >= {"checkpoint.safetensors", "curves.csv", "run.json", "model_index.json"}
     with (tmp_path / "curves.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == list(range(1, 19))
@@ -310,6 +366,36 @@ def test_a_used_folder_is_refused_without_resume_and_with_another_preset(tmp_pat
     with pytest.raises(UserError, match=r"belongs to another preset \(learning_rate: made with 0.0001, wanted 0.5\)"):
         next(run.train_run(paper.replace(learning_rate=0.5), store, tmp_path, device="cpu"))
     assert contents(tmp_path) == before
+
+
+def test_a_folder_of_unknown_origin_is_refused(tmp_path, paper, store):
+    run.finish(run.train_run(paper, store, tmp_path, device="cpu"))
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(UserError, match=r"does not say what it holds \(no run\.json\)"):
+        next(run.train_run(paper, store, tmp_path, device="cpu"))
+
+
+def test_a_finished_run_needs_no_checkpoint(tmp_path, paper, store):
+    records = list(run.train_run(paper, store, tmp_path, device="cpu"))
+    (tmp_path / "checkpoint.safetensors").unlink()
+    assert list(run.train_run(paper, store, tmp_path, device="cpu")) == records
+
+
+def test_a_run_says_what_it_was_made_from(tmp_path, paper, store):
+    run.finish(run.train_run(paper, store, tmp_path, device="cpu"))
+    made = run.read_run(tmp_path)
+    assert made["preset"]["recipe"] == "paper" and made["trajectories"] == store.config and made["device"] == "cpu"
+    assert run.read_run(tmp_path / "student") == made
+    assert run.read_run(tmp_path / "student" / "student") is None
+
+
+def test_a_foreign_or_damaged_student_is_refused(tmp_path, paper, store):
+    run.finish(run.train_run(paper, store, tmp_path, device="cpu"))
+    weights = next((tmp_path / "student" / "student").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-50])
+    for folder in (tmp_path, ASSETS / "digits-teacher"):
+        with pytest.raises(UserError, match="holds no readable student"):
+            run.load_run(folder)
 
 
 def test_a_checkpoint_of_another_preset_is_refused(tmp_path, paper, store):

@@ -221,6 +221,8 @@ def test_a_damaged_shard_is_found_and_made_again(tmp_path, teacher, improved, st
     with pytest.raises(UserError, match=r"shard-00001\.safetensors is damaged"):
         copied.verify()
     shard.unlink()
+    with pytest.raises(UserError, match=r"shard-00001\.safetensors is damaged or missing"):
+        copied.verify()
     generate_trajectories(teacher, improved, tmp_path).verify()
     assert contents(tmp_path) == contents(store.folder)
 
@@ -228,9 +230,10 @@ def test_a_damaged_shard_is_found_and_made_again(tmp_path, teacher, improved, st
 def test_a_damaged_or_missing_manifest_is_named(tmp_path, teacher, improved):
     with pytest.raises(UserError, match=r"holds no trajectories .*python -m advkd trajectories"):
         TrajectoryStore(tmp_path)
-    (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
-        generate_trajectories(teacher, improved, tmp_path)
+    for damaged in ("{", "{}"):
+        (tmp_path / "manifest.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+            generate_trajectories(teacher, improved, tmp_path)
 
 
 def test_a_teacher_that_is_not_finite_is_refused(tmp_path, linear_schedule, improved, make_unet):
