@@ -9,7 +9,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -134,20 +133,19 @@ def _cell(value: object) -> str:
     return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
 
 
-def bars(rows: list[dict], field: str, label: str, floor: float | None = None) -> Figure:
-    """Horizontal bars of one field on a logarithmic axis, a row each; `floor` is drawn as a line."""
-    figure, ax = plt.subplots(figsize=(6, 0.5 * len(rows) + 0.8))
-    names = [row["name"] for row in rows]
-    colours = [COLOURS[row["recipe"] or "teacher"] for row in rows]
-    values = torch.tensor([row[field] for row in rows])
-    ax.barh(names, values, color=colours, height=0.6)
-    for position, value in enumerate(values.tolist()):
-        ax.text(value * 1.05, position, f"{value:.3g}", va="center", fontsize=9)
-    if floor is not None:
-        ax.axvline(floor, color=INK, ls=":", lw=1)
-        ax.text(floor, len(rows) - 0.45, " real against real", fontsize=8, va="bottom")
-    ax.set(xscale="log", xlabel=label, xlim=(min(values.min().item(), floor or 1e9) * 0.6, values.max().item() * 2.2))
-    ax.invert_yaxis()
+def dots(rows: list[dict], field: str, label: str, floor: tuple[float, float]) -> Figure:
+    """One field on a logarithmic axis, a row each, with `<field>_sd` as error bar; `floor` (mean, sd) is a band."""
+    figure, ax = plt.subplots(figsize=(6.4, 0.45 * len(rows) + 0.9))
+    ax.axvspan(max(floor[0] - floor[1], floor[0] / 10), sum(floor), color=INK, alpha=0.12, lw=0, zorder=0)
+    ax.axvline(floor[0], color=INK, ls=":", lw=1, zorder=1)
+    ax.text(floor[0], -0.62, "real against real", fontsize=8, ha="center", va="bottom")
+    for position, row in enumerate(rows):
+        colour = COLOURS[row["recipe"] or "teacher"]
+        ax.errorbar(row[field], position, xerr=row[f"{field}_sd"], fmt="o", color=colour, ms=7, capsize=3)
+        text = f"{row[field]:.3g} ± {row[f'{field}_sd']:.2g}"
+        ax.annotate(text, (row[field], position), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+    ax.set(xscale="log", xlabel=label, yticks=range(len(rows)), yticklabels=[row["name"] for row in rows])
+    ax.set_ylim(len(rows) - 0.5, -0.6)
     ax.grid(axis="y", visible=False)
     figure.tight_layout()
     return figure

@@ -66,9 +66,10 @@ def update_readme(root: Path) -> None:
     readme, figures = root / "README.md", root / "figures" / "digits"
     if not readme.exists() or not (figures / "table1.json").exists():
         return
-    floor = json.loads((figures / "table1.json").read_text())["protocol"]["floor_real_heldout_against_train"]
+    protocol = json.loads((figures / "table1.json").read_text())["protocol"]
+    mean, sd = (protocol[f"floor_real_against_real_600{end}"] for end in ("", "_sd"))
     text = readme.read_text(encoding="utf-8")
-    for name, value in (("table1", f"\n{(figures / 'table1.md').read_text()}"), ("floor", f"{floor:.3g}")):
+    for name, value in (("table1", f"\n{(figures / 'table1.md').read_text()}"), ("floor", f"{mean:.2f} ± {sd:.2f}")):
         before, _, rest = text.partition(f"<!-- {name} -->")
         _, end, after = rest.partition(f"<!-- /{name} -->")
         text = f"{before}<!-- {name} -->{value}{end}{after}" if end else text

@@ -42,7 +42,7 @@ p = load_preset(preset)
 #
 # $$x_t = \sqrt{\bar\alpha_t}\, x_0 + \sqrt{1 - \bar\alpha_t}\, \varepsilon, \qquad \varepsilon \sim \mathcal N(0, 1),$$
 #
-# and the network learns to tell $\varepsilon$ from $x_t$ (Ho et al. 2020, eq. 14). At $t = 999$ almost nothing of the
+# and the network learns to predict $\varepsilon$ from $x_t$ (Ho et al. 2020, eq. 14). At $t = 999$ almost nothing of the
 # digit is left.
 
 # %%
@@ -76,8 +76,8 @@ stage_times(p.submodules)
 # Each step gives us two pictures: the noisy state $x_t$ itself, which the paper uses as targets, and the image that the
 # teacher *expects* at that time, $\hat x_0 = (x_t - \sqrt{1 - \bar\alpha_t}\,\hat\varepsilon) / \sqrt{\bar\alpha_t}$. Look at the
 # left half: $x_t$ is plain noise down to $t \approx 400$, and plain grey once it is shrunk for the first submodules. A target
-# without information teaches nothing. $\hat x_0$ is a blot at $t = 899$, a blurred digit from $t = 799$ on, and sharpens. Only at
-# $t = 999$ it is no better than noise: there $\sqrt{\bar\alpha_t} = 0.00635$, the formula multiplies the network's error by 157, and the result is clipped to $[-1, 1]$.
+# without information teaches nothing. $\hat x_0$ is a blot at $t = 899$, a blurred digit from $t = 799$ on, and sharpens. At
+# $t = 999$ alone it is useless: there $\sqrt{\bar\alpha_t} = 0.00635$, the formula multiplies the network's error by 157, and the result is clipped to $[-1, 1]$.
 
 # %%
 noise = seeded_noise([sample], p.image_shape, seed=0)
@@ -129,8 +129,8 @@ shares
 assert shares[1]["variance_explained_by_noise"] > 0.99 > 0.6 > shares[0]["variance_explained_by_noise"]
 
 # %% [markdown]
-# So the paper's choice, ancestral DDPM, conditions the student on something that hardly matters. This is the second of
-# five points in which the published code stands in its own way; the others are named where they bite.
+# So the paper's choice, ancestral DDPM, conditions the student on something that hardly matters. This is one of five
+# problems in the published code; notebooks 2 to 4 show the others.
 #
 # ## Exercises
 #

@@ -67,10 +67,12 @@ def test_readme_follows_the_regenerated_table(project):
     assert (project / "README.md").read_text() == text  # there is no table yet
     figures = project / "figures/digits"
     figures.mkdir(parents=True)
-    (figures / "table1.json").write_text(json.dumps({"protocol": {"floor_real_heldout_against_train": 1.2345}}))
+    (figures / "table1.json").write_text(
+        json.dumps({"protocol": {"floor_real_against_real_600": 1.2345, "floor_real_against_real_600_sd": 0.3}})
+    )
     (figures / "table1.md").write_text("| \\1 new |\n")
     reproduce.update_readme(project)
-    new = "Table\n<!-- table1 -->\n| \\1 new |\n<!-- /table1 -->\nfloor <!-- floor -->1.23<!-- /floor -->, end\n"
+    new = "Table\n<!-- table1 -->\n| \\1 new |\n<!-- /table1 -->\nfloor <!-- floor -->1.23 ± 0.30<!-- /floor -->, end\n"
     assert (project / "README.md").read_text() == new
 
 
