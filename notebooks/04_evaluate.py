@@ -38,18 +38,6 @@ import matplotlib.pyplot as plt
 import torch
 
 from advkd.data import batch_generator, load_images, make_latent, seeded_noise
-from advkd.evaluation import (
-    Metric,
-    nearest,
-    protocol,
-    pull_to_train,
-    sample_student,
-    student_latency_ms,
-    student_row,
-    teacher_latency_ms,
-    teacher_row,
-)
-from advkd.extractor import load_extractor
 from advkd.figures import dots, markdown, save_figure, save_table, show_images, start_notebook
 from advkd.presets import load_preset
 from advkd.run import finish, load_run, read_run, run_dir, train_run
@@ -80,6 +68,20 @@ for name, p in recipes.items():
 
 # %% [markdown]
 # The students are sampled with seed 1; every noise that they trained on has seed 0.
+
+# %%
+from advkd.evaluation import (
+    Metric,
+    nearest,
+    protocol,
+    pull_to_train,
+    sample_student,
+    student_latency_ms,
+    student_row,
+    teacher_latency_ms,
+    teacher_row,
+)
+from advkd.extractor import load_extractor
 
 # %%
 samples = {name: sample_student(pipeline, count, seed=1) for name, pipeline in students.items()}

@@ -38,7 +38,7 @@ def test_stored_outputs_are_of_one_run_from_the_top(name):
 def test_code_lives_in_the_package(name):
     for cell in jupytext.read(ROOT / "notebooks" / f"{name}.py").cells:
         if cell.cell_type == "code":
-            assert len(cell.source.splitlines()) <= 25
+            assert len(cell.source.splitlines()) <= 20
             functions = re.findall(r"^def .*(?:\n .*)*", cell.source, re.MULTILINE)
             assert all(len(f.splitlines()) <= 5 for f in functions)
 
