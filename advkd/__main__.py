@@ -159,13 +159,15 @@ def train(
     idle = {"joint": "epochs", "staged": "steps"}[preset.schedule]
     if given[idle] is not None:
         raise UserError(f"--{idle} has no effect on recipe {recipe!r}, whose schedule is {preset.schedule!r}")
+    if source:
+        preset = preset.replace(teacher=source)
     if store is None:
         opened = generate_trajectories(load_teacher(preset, source), preset, out / "trajectories")
     else:
         opened = TrajectoryStore(store)
         opened.verify()
         made_with = ("trajectories", "sampler", "sampler_steps", "trajectory_seed", "teacher_dtype", "shard_size")
-        preset = preset.replace(**{field: opened.config[field] for field in made_with})
+        preset = preset.replace(teacher=opened.teacher, **{field: opened.config[field] for field in made_with})
     images = load_images(preset, "train")[0] if preset.real_share else None
     last = finish(train_run(preset, opened, out, images=images, resume=resume, device=device))
     click.echo(f"student: {out / 'student'}, {last.step} steps, {last.images_seen} images seen")

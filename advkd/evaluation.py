@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from advkd.data import to_uint8
 from advkd.extractor import FEATURES, load_extractor, register
-from advkd.files import quiet, sha256
+from advkd.files import first_line, quiet, sha256
 from advkd.pipeline import StudentPipeline
 from advkd.presets import LATENT_SIDE, UserError
 from advkd.student import count_parameters
@@ -24,6 +24,7 @@ from advkd.teacher import Teacher
 
 INCEPTION = "inception-v3-compat"
 INCEPTION_FEATURES = 2048
+INCEPTION_KEY = "Conv2d_1a_3x3.conv.weight"
 
 
 class _Images(Dataset):
@@ -76,8 +77,7 @@ class Metric:
         singular, unless `few` says that this is wanted.
         """
         count = min(len(samples), len(reference))
-        if count < self.features and not few:
-            raise UserError(f"{count} images are too few for {self.features} features; take more, or say few=True")
+        self._check_count(count, few)
         values = self._calculate(samples, reference, kid=True, prc=True, kid_subset_size=min(500, count))
         names = {
             "fd": "frechet_inception_distance",
@@ -86,6 +86,10 @@ class Metric:
             "recall": "recall",
         }
         return {name: float(values[key]) for name, key in names.items()}
+
+    def _check_count(self, count: int, few: bool) -> None:
+        if count < self.features and not few:
+            raise UserError(f"{count} images are too few for {self.features} features; take more, or say few=True")
 
     def _calculate(self, samples: Tensor, reference: Tensor, **metrics) -> dict[str, float]:
         return torch_fidelity.calculate_metrics(
@@ -102,17 +106,20 @@ class Metric:
             verbose=False,
         )
 
-    def fd_of_subsets(self, samples: Tensor, reference: Tensor, size: int) -> tuple[float, float]:
-        """Mean and standard deviation of the distance over the disjoint subsets of `size` samples.
+    def fd_of_subsets(
+        self, samples: Tensor, reference: Tensor, size: int, few: bool = False
+    ) -> tuple[float, float, int]:
+        """Mean and standard deviation of the distance over the disjoint subsets of `size` samples, and their number.
 
         The Frechet distance falls as samples are added: only at the same size are two models comparable. Raises
-        UserError for fewer than two subsets.
+        UserError for fewer than two subsets, and for subsets of fewer samples than features unless `few`.
         """
+        self._check_count(size, few)
         if len(samples) < 2 * size:
             raise UserError(f"{len(samples)} images do not make two subsets of {size}; take more images")
         subsets = samples[: len(samples) // size * size].split(size)
         distances = [self._calculate(subset, reference)["frechet_inception_distance"] for subset in subsets]
-        return statistics.mean(distances), statistics.stdev(distances)
+        return statistics.mean(distances), statistics.stdev(distances), len(distances)
 
     def evaluate(self, samples: Tensor, train: Tensor, heldout: Tensor, few: bool = False) -> dict[str, float]:
         """The quality fields of a result row: against the train split, and the distance to the held-out split."""
@@ -132,10 +139,11 @@ def _safe_weights(path: Path) -> str:
     if not path.is_file():
         raise UserError(f"{path} is no Inception weights file; give one, or 'download'")
     try:
-        torch.load(path, map_location="cpu", weights_only=True)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} does not hold weights alone and is not opened ({reason})") from error
+        raise UserError(f"{path} does not hold weights alone and is not opened ({first_line(error)})") from error
+    if not isinstance(weights, dict) or INCEPTION_KEY not in weights:
+        raise UserError(f"{path} does not hold torch-fidelity's Inception ({INCEPTION_KEY} is missing)")
     return str(path)
 
 
@@ -171,7 +179,7 @@ def nearest(samples: Tensor, references: Tensor) -> Tensor:
 def pull_to_train(samples: Tensor, train: Tensor, heldout: Tensor) -> float:
     """Share of the samples nearer (pixel L2) to a training image than to any of equally many held-out images.
 
-    0.5 is neutral; a student that memorised its training images has 1.
+    0.5 is neutral, 1 means copies of the training images that are compared with. It says nothing of a collapsed student.
     """
     count = min(len(train), len(heldout))
     to_train, to_heldout = (torch.cdist(samples.flatten(1), x[:count].flatten(1)).amin(1) for x in (train, heldout))

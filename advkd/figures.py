@@ -138,7 +138,7 @@ def dots(rows: list[dict], field: str, label: str, floor: tuple[float, float]) -
     figure, ax = plt.subplots(figsize=(6.4, 0.45 * len(rows) + 0.9))
     ax.axvspan(max(floor[0] - floor[1], floor[0] / 10), sum(floor), color=INK, alpha=0.12, lw=0, zorder=0)
     ax.axvline(floor[0], color=INK, ls=":", lw=1, zorder=1)
-    ax.text(floor[0], -0.62, "real against real", fontsize=8, ha="center", va="bottom")
+    ax.text(floor[0], -0.62, "real against real, random splits", fontsize=8, ha="center", va="bottom")
     for position, row in enumerate(rows):
         colour = COLOURS[row["recipe"] or "teacher"]
         ax.errorbar(row[field], position, xerr=row[f"{field}_sd"], fmt="o", color=colour, ms=7, capsize=3)

@@ -33,6 +33,11 @@ def quiet(progress: bool) -> bool:
     return not progress or os.environ.get("ADVKD_PROGRESS") == "0"
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write(temporary path)` make a file and move it to `path` in one step: readers see the old or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +120,11 @@ def differences(made_with: dict, wanted: dict) -> list[str]:
     fields = sorted(made_with.keys() | wanted.keys())
     pairs = [(name, made_with.get(name), wanted.get(name)) for name in fields]
     # Compare as JSON, which has no tuples.
-    return [f"{n}: made with {a!r}, wanted {b!r}" for n, a, b in pairs if json.dumps(a) != json.dumps(b)]
+    return [f"{n}: made with {a!r}, wanted {b!r}" for n, a, b in pairs if _as_json(a) != _as_json(b)]
+
+
+def _as_json(value: object) -> object:
+    return json.loads(json.dumps(value))
 
 
 def save_checkpoint(

@@ -67,7 +67,7 @@ def update_readme(root: Path) -> None:
     if not readme.exists() or not (figures / "table1.json").exists():
         return
     protocol = json.loads((figures / "table1.json").read_text())["protocol"]
-    mean, sd = (protocol[f"floor_real_against_real_600{end}"] for end in ("", "_sd"))
+    mean, sd = (protocol[f"floor_random_splits{end}"] for end in ("", "_sd"))
     text = readme.read_text(encoding="utf-8")
     for name, value in (("table1", f"\n{(figures / 'table1.md').read_text()}"), ("floor", f"{mean:.2f} ± {sd:.2f}")):
         before, _, rest = text.partition(f"<!-- {name} -->")

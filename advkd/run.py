@@ -11,7 +11,16 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 from advkd.discriminator import make_discriminator
-from advkd.files import CHECKPOINT_EVERY, differences, quiet, read_checkpoint_state, read_records, write_csv, write_json
+from advkd.files import (
+    CHECKPOINT_EVERY,
+    differences,
+    first_line,
+    quiet,
+    read_checkpoint_state,
+    read_records,
+    write_csv,
+    write_json,
+)
 from advkd.pipeline import StudentPipeline
 from advkd.presets import Preset, UserError, config_hash
 from advkd.presets import asdict as preset_fields
@@ -84,14 +93,14 @@ def train_run(
 
 
 def _check_folder(folder: Path, this: dict, resume: bool) -> None:
-    if not any((folder / name).exists() for name in (RUN, CHECKPOINT, PIPELINE)):
-        return
+    if not any((folder / name).exists() for name in (CHECKPOINT, PIPELINE)):
+        return  # nothing was made yet, even where an earlier call got as far as run.json
     other = "choose another folder or remove it"
-    if (folder / CHECKPOINT).exists() and not resume:
+    if not resume:
         raise UserError(f"{folder} holds a run already; resume it, {other}")
-    made = read_run(folder)
-    if made is None:
+    if not (folder / RUN).exists():
         raise UserError(f"{folder} does not say what it holds (no {RUN}); {other}")
+    made = read_run(folder)
     if different := [d for part, wanted in this.items() for d in differences(made[part], wanted)]:
         raise UserError(f"{folder} belongs to another preset ({'; '.join(different)}); {other}")
 
@@ -125,7 +134,7 @@ def load_run(folder: Path | str) -> StudentPipeline:
             try:
                 pipeline = StudentPipeline.from_pretrained(path)
             except Exception as error:  # diffusers and safetensors raise many kinds for a foreign or a damaged folder
-                raise UserError(f"{path} holds no readable student ({str(error).splitlines()[0]})") from error
+                raise UserError(f"{path} holds no readable student ({first_line(error)})") from error
             pipeline.student.eval()
             return pipeline
     raise UserError(f"{folder} holds no student; train one with: python -m advkd train --out {folder}")
@@ -133,7 +142,12 @@ def load_run(folder: Path | str) -> StudentPipeline:
 
 def read_run(folder: Path | str) -> dict | None:
     """`run.json` of a run folder (or of the one around its `student/`): preset, trajectories, device; None without one."""
-    for path in (Path(folder) / RUN, Path(folder).parent / RUN):
-        if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
-    return None
+    folder = Path(folder)
+    path = (folder.parent if folder.name == PIPELINE and not (folder / RUN).exists() else folder) / RUN
+    if not path.exists():
+        return None
+    try:
+        made = json.loads(path.read_text(encoding="utf-8"))
+        return {part: made[part] for part in ("preset", "trajectories", "device")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} does not describe a run ({first_line(error)})") from error

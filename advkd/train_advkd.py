@@ -1,6 +1,5 @@
 """Adv-KD's adversarial training: the paper's stage-by-stage recipe and the improved joint one, in one loop."""
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,10 +78,11 @@ def train_advkd(
 
 def pick_device(name: str = "auto") -> torch.device:
     """The device called `name`; "auto" is the first of cuda, mps, cpu that exists. Raises UserError if `name` does not."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = {f"cuda:{i}": True for i in range(torch.cuda.device_count())}
+    there = {"cuda": bool(there)} | there | {"mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind, available in there.items() if available))
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name) or not there[name.split(":")[0]]:
+    if not there.get(name):
         raise UserError(
             f"device {name!r} is not available here; available: {', '.join(k for k, v in there.items() if v)}"
         )

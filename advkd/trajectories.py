@@ -190,6 +190,7 @@ class TrajectoryStore:
                 f"{folder} holds no trajectories (no {MANIFEST}); make them with: python -m advkd trajectories"
             )
         self.config, self.shards = manifest["config"], manifest["shards"]
+        self.teacher = manifest.get("teacher")  # where its weights came from; the configuration has their fingerprint
         if (have := sum(s["count"] for s in self.shards.values())) < len(self):
             raise UserError(f"{folder} holds {have} of {len(self)} trajectories; run the command that made it again")
 

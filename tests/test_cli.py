@@ -82,10 +82,11 @@ def test_user_errors_are_one_line_and_status_2(tmp_path, monkeypatch, arguments,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_finished_is_not_overwritten():
-    for command in ("teacher", "extractor"):
-        folder = ASSETS / f"digits-{command}"
-        assert_user_error(invoke(command, "--out", folder), f"digits-{command} holds a finished {command}; choose")
+@pytest.mark.parametrize(("command", "file"), [("teacher", "model_index.json"), ("extractor", "config.json")])
+def test_what_is_finished_is_not_overwritten(tmp_path, command, file):
+    (tmp_path / file).write_text("finished")
+    assert_user_error(invoke(command, "--steps", 1, "--out", tmp_path), f"holds a finished {command}; choose")
+    assert [path.name for path in tmp_path.iterdir()] == [file]
 
 
 def test_a_student_of_another_size_is_not_evaluated(tmp_path, improved):

@@ -180,7 +180,10 @@ def test_the_metric_is_named_for_what_it_is(metric, tmp_path, digits):
 
 
 def test_inception_weights_are_part_of_the_protocol(tmp_path):
-    torch.save({"weight": torch.zeros(2)}, tmp_path / "weights.pth")
+    torch.save({"Conv2d_1a_3x3.conv.weight": torch.zeros(2)}, tmp_path / "weights.pth")
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"other\.pth does not hold torch-fidelity's Inception"):
+        Metric(inception=tmp_path / "other.pth")
     inception = Metric(inception=tmp_path / "weights.pth")
     assert (inception.label, inception.features) == ("FID", 2048)
     assert inception.protocol()["weights_sha256"] == sha256(tmp_path / "weights.pth")
@@ -261,18 +264,22 @@ def test_sampling_leaves_the_student_in_its_mode(pipeline):
 def test_distances_of_subsets_are_of_disjoint_images_of_one_size(digits):
     train, heldout = digits
     metric = Metric()
-    mean, sd = metric.fd_of_subsets(train[:150], heldout, 64)
+    mean, sd, subsets = metric.fd_of_subsets(train[:150], heldout, 64)
+    assert subsets == 2
     each = [metric.compare(train[i : i + 64], heldout)["fd"] for i in (0, 64)]
     assert mean == pytest.approx(sum(each) / 2) and sd == pytest.approx(abs(each[0] - each[1]) / 2**0.5)
     with pytest.raises(UserError, match="100 images do not make two subsets of 64"):
         metric.fd_of_subsets(train[:100], heldout, 64)
+    with pytest.raises(UserError, match="63 images are too few for 64 features"):
+        metric.fd_of_subsets(train, heldout, 63)
 
 
 def test_pull_to_train_is_the_share_of_samples_nearer_to_train(digits):
     train, heldout = digits
     assert pull_to_train(torch.cat([train[:3], heldout[:1]]), train, heldout) == 0.75
-    beyond = torch.cat([train, train[:1] * 0 + 0.3])  # only as many training images count as are held out
-    assert pull_to_train(beyond[-1:], beyond, heldout) == pull_to_train(beyond[-1:], train, heldout)
+    sample = heldout[:1] + 0.01
+    assert pull_to_train(sample, torch.cat([sample, train]), heldout) == 1
+    assert pull_to_train(sample, torch.cat([train, sample]), heldout) == 0  # only the first 200 count, as are held out
 
 
 def test_a_latent_of_its_own_goes_in_as_noise_of_4_by_4(pipeline):

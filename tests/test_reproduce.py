@@ -68,7 +68,7 @@ def test_readme_follows_the_regenerated_table(project):
     figures = project / "figures/digits"
     figures.mkdir(parents=True)
     (figures / "table1.json").write_text(
-        json.dumps({"protocol": {"floor_real_against_real_600": 1.2345, "floor_real_against_real_600_sd": 0.3}})
+        json.dumps({"protocol": {"floor_random_splits": 1.2345, "floor_random_splits_sd": 0.3}})
     )
     (figures / "table1.md").write_text("| \\1 new |\n")
     reproduce.update_readme(project)

@@ -386,7 +386,24 @@ def test_a_run_says_what_it_was_made_from(tmp_path, paper, store):
     made = run.read_run(tmp_path)
     assert made["preset"]["recipe"] == "paper" and made["trajectories"] == store.config and made["device"] == "cpu"
     assert run.read_run(tmp_path / "student") == made
-    assert run.read_run(tmp_path / "student" / "student") is None
+    assert run.read_run(tmp_path / "another") is None
+    for damaged in ("{", '{"id": 1}', "[]"):
+        (tmp_path / "run.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"run\.json does not describe a run"):
+            run.read_run(tmp_path)
+
+
+def test_a_call_that_failed_early_leaves_the_folder_free(tmp_path, improved, store, images):
+    with pytest.raises(UserError, match="no real images were given"):
+        next(run.train_run(improved, store, tmp_path, device="cpu"))
+    other = improved.replace(steps=2)
+    assert len(list(run.train_run(other, store, tmp_path, images=images, device="cpu"))) == 2
+    assert run.read_run(tmp_path)["preset"]["steps"] == 2
+
+
+def test_a_setting_written_as_another_number_is_the_same(tmp_path, paper, store):
+    run.finish(run.train_run(paper.replace(epochs=1), store, tmp_path, device="cpu"))
+    run.finish(run.train_run(paper.replace(epochs=1.0), store, tmp_path, device="cpu"))
 
 
 def test_a_foreign_or_damaged_student_is_refused(tmp_path, paper, store):
