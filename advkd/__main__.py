@@ -16,7 +16,10 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            click.echo("advkd: interrupted; what was made stays", err=True)
+            click.echo(
+                "advkd: interrupted; what was made stays (of a training, its last checkpoint: every 500 steps)",
+                err=True,
+            )
             sys.exit(130)
 
     def main(self, *args, **kwargs):

@@ -89,7 +89,7 @@ class Metric:
 
     def _check_count(self, count: int, few: bool) -> None:
         if count < self.features and not few:
-            raise UserError(f"{count} images are too few for {self.features} features; take more, or say few=True")
+            raise UserError(f"{count} images are too few for {self.features} features; take more, or allow few")
 
     def _calculate(self, samples: Tensor, reference: Tensor, **metrics) -> dict[str, float]:
         return torch_fidelity.calculate_metrics(

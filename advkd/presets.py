@@ -133,6 +133,9 @@ def check(p: Preset) -> None:
         if field.type in (int, float) and (not isinstance(value, int | field.type) or not math.isfinite(value)):
             kind = "a whole number" if field.type is int else "a finite number"
             raise UserError(f"{field.name} is {value!r}, but must be {kind}")
+        numbers = isinstance(value, tuple | list) and all(isinstance(x, int | float) for x in value)
+        if "tuple" in str(field.type) and not numbers:
+            raise UserError(f"{field.name} is {value!r}, but must be a tuple of numbers")
     size, k = p.image_size_px, p.submodules
     if size < 8 or size & (size - 1):
         raise UserError(f"image_size_px is {size}, but must be a power of two, 8 or more")

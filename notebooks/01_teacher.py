@@ -76,7 +76,7 @@ stage_times(p.submodules)
 # Each step gives us two pictures: the noisy state $x_t$ itself, which the paper uses as targets, and the image that the
 # teacher *expects* at that time, $\hat x_0 = (x_t - \sqrt{1 - \bar\alpha_t}\,\hat\varepsilon) / \sqrt{\bar\alpha_t}$. Look at the
 # left half: $x_t$ is plain noise down to $t \approx 400$, and plain grey once it is shrunk for the first submodules. A target
-# without information teaches nothing. $\hat x_0$ is a blot at $t = 899$, a blurred digit from $t = 799$ on, and sharpens. At
+# without information teaches nothing. $\hat x_0$ is a smear until $t = 699$, a blurred digit from $t = 599$ on, and sharpens. At
 # $t = 999$ alone it is useless: there $\sqrt{\bar\alpha_t} = 0.00635$, the formula multiplies the network's error by 157, and the result is clipped to $[-1, 1]$.
 
 # %%
@@ -126,11 +126,12 @@ _ = save_table(shares, protocol, f"figures/{preset}", "noise_to_image")
 shares
 
 # %%
-assert shares[1]["variance_explained_by_noise"] > 0.99 > 0.6 > shares[0]["variance_explained_by_noise"]
+if (preset, teacher) == ("digits", ""):  # what this notebook claims, of the shipped teacher
+    assert shares[1]["variance_explained_by_noise"] > 0.99 > 0.6 > shares[0]["variance_explained_by_noise"]
 
 # %% [markdown]
 # So the paper's choice, ancestral DDPM, conditions the student on something that hardly matters. This is one of five
-# problems in the published code; notebooks 2 to 4 show the others.
+# problems in the [published code](https://github.com/kidist-amde/Adv-KD); notebooks 2 to 4 show the others.
 #
 # ## Exercises
 #

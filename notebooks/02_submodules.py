@@ -134,8 +134,9 @@ images = load_images(p, "train")[0] if p.real_share else None
 
 # %%
 peek = p.replace(steps=peek_steps, epochs=0.02, ema=0.0)  # so early, an average still shows the initial weights
-_ = finish(train_run(peek, store, run_dir(peek, store), images=images))
-pipeline = load_run(run_dir(peek, store))
+folder = run_dir(peek, store).with_name(f"peek-{peek.config_hash}")
+_ = finish(train_run(peek, store, folder, images=images))
+pipeline = load_run(folder)
 
 # %%
 index = [2]

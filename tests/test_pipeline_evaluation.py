@@ -159,7 +159,7 @@ def test_evaluate_compares_with_both_splits(metric, digits):
 def test_too_few_images_are_refused_unless_wanted(metric, digits):
     train, heldout = digits
     for samples, reference in ((train[:63], heldout), (train, heldout[:63])):
-        with pytest.raises(UserError, match="63 images are too few for 64 features; take more, or say few=True"):
+        with pytest.raises(UserError, match="63 images are too few for 64 features; take more, or allow few"):
             metric.compare(samples, reference)
     assert metric.compare(train[:63], heldout, few=True)["fd"] > 0
 

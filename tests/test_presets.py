@@ -42,6 +42,8 @@ def test_unknown_field_lists_the_fields(change):
         ("block", "dense", "block is 'dense', but must be one of 'plain', 'residual'"),
         ("learning_rate", math.nan, "learning_rate is nan, but must be a finite number"),
         ("epochs", math.inf, "epochs is inf, but must be a finite number"),
+        ("widths", 44, "widths is 44, but must be a tuple of numbers"),
+        ("betas", ("a", "b"), "betas is .* but must be a tuple of numbers"),
         ("steps", 10.5, "steps is 10.5, but must be a whole number"),
         ("channels", 3, "channels is 3, but the digits are grey: channels=1"),
         ("train_dtype", "float16", "train_dtype is 'float16', but must be one of 'float32', 'bfloat16'"),
