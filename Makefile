@@ -39,7 +39,7 @@ notebooks: env
 
 # After a change of the dependencies in pyproject.toml.
 lock: env
-	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links \
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes \
 		--no-annotate --no-header --python-version 3.10 --extra dev pyproject.toml -o requirements.lock
 
 clean:
