@@ -69,7 +69,7 @@ def teacher(name: str, out: Path, steps: int, seed: int, resume: bool):
     if checkpoint.exists() and not resume:
         raise UserError(f"{out} holds an interrupted run; go on with --resume, or remove it")
     unet, scheduler = new_teacher(preset, seed)
-    (train, _), (heldout, _) = load_images(preset, "train"), load_images(preset, "heldout")
+    train, heldout = load_images(preset, "train")[0], load_images(preset, "heldout")[0][:600]
     records = train_teacher(
         unet, scheduler, train, heldout, steps=steps, seed=seed, checkpoint=checkpoint, resume=resume
     )

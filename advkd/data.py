@@ -7,21 +7,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from advkd.glyphs import Glyphs, Letters
 from advkd.presets import LATENT_SIDE, Preset, UserError
 
 DIGITS_TRAIN = 1197  # of 1797; the other 600 are held out from teacher, student and feature extractor alike
+GLYPHS_TRAIN, GLYPHS_HELDOUT = 10_000_000, 10_000
 _SEED_STRIDE = 1_000_003  # more samples than any run draws, so that two seeds share no sample's random stream
 
 
-def load_images(preset: Preset, split: str) -> tuple[Tensor, Tensor]:
-    """Real images `(n, c, h, w)` in [-1, 1] and their class labels `(n,)`.
+def load_images(preset: Preset, split: str) -> tuple[Tensor | Glyphs, Tensor | Letters]:
+    """Real images `(n, c, h, w)` in [-1, 1] and their class labels `(n,)`, to be indexed by a 1-D integer tensor.
 
     `split` is "train" or "heldout". The digits are scikit-learn's 1797 real handwritten digits (8 x 8, 17 grey levels),
     resized to 16 x 16 by bicubic interpolation. The split is a fixed permutation: 1197 train, 600 held out.
+    The glyphs are rendered when they are asked for: ten million in the train split, the next ten thousand held out.
     Raises UserError for an unknown split and for a preset whose images are not embedded.
     """
     if split not in ("train", "heldout"):
         raise UserError(f"there is no split {split!r}; splits: train, heldout")
+    if preset.data == "glyphs":
+        first, count = (0, GLYPHS_TRAIN) if split == "train" else (GLYPHS_TRAIN, GLYPHS_HELDOUT)
+        glyphs = Glyphs(preset.image_size_px, first, count)
+        return glyphs, glyphs.letters
     if preset.data != "digits":
         raise UserError(
             f"the images of preset {preset.name!r} are not embedded; set real_share=0 to train without real images"

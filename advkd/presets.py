@@ -24,7 +24,7 @@ class Preset:
     name: str
     recipe: str
     # real images
-    data: Literal["digits", "folder"]
+    data: Literal["digits", "glyphs", "folder"]
     image_size_px: int
     channels: int
     # teacher
@@ -199,6 +199,17 @@ _DATA = {
         teacher_dtype="bfloat16",
         shard_size=125,
     ),
+    "glyphs": dict(
+        data="glyphs",
+        image_size_px=32,
+        channels=3,
+        teacher="assets/glyphs-teacher",
+        teacher_revision=None,
+        trajectory_seed=0,
+        seed=0,
+        teacher_dtype="bfloat16",
+        shard_size=125,
+    ),
     # The commit of the hub model could not be verified where this was written, so it is left open, and the
     # fingerprint of the weights that were loaded goes into every store made with them.
     "celebahq": dict(
@@ -269,6 +280,8 @@ _RECIPES = {
 _SCALES = {
     ("digits", "paper"): dict(widths=(16, 32), trajectories=1500, sampler="ddpm", sampler_steps=100),
     ("digits", "improved"): dict(widths=(44, 16), trajectories=5000, sampler="ddim", sampler_steps=50),
+    ("glyphs", "paper"): dict(widths=(16, 32, 64), trajectories=1500, sampler="ddpm", sampler_steps=100),
+    ("glyphs", "improved"): dict(widths=(64, 32, 16), trajectories=5000, sampler="ddim", sampler_steps=50),
     ("celebahq", "paper"): dict(
         widths=(16, 32, 64, 128, 128, 128), trajectories=20_000, sampler="ddpm", sampler_steps=1000
     ),
