@@ -1,7 +1,7 @@
 """Endless real images in colour: letters from matplotlib's fonts, each rendered from its index alone."""
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -119,7 +119,7 @@ class Letters:
         return self.glyphs.factors(which)["letter"]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _stamp(font: str, letter: str) -> tuple[Image.Image, float]:
     """A letter, white on black, centred on a square of STAMP_PX, and the height of the font's H in it."""
     import matplotlib  # slow to import, and only needed for its fonts
