@@ -74,8 +74,8 @@ class Glyphs:
 
     def _indices(self, which: Tensor | slice) -> list[int]:
         positions = range(*which.indices(self.count)) if isinstance(which, slice) else which.tolist()
-        if positions and not 0 <= min(positions) <= max(positions) < self.count:
-            raise UserError(f"glyphs has {self.count} images, but {max(positions)} was asked for")
+        if outside := [i for i in positions if not 0 <= i < self.count]:
+            raise UserError(f"glyphs has {self.count} images, but {outside[0]} was asked for")
         return [self.first + i for i in positions]
 
     def _factors(self, index: int) -> dict:
