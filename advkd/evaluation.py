@@ -15,7 +15,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from tqdm.auto import tqdm
 
 from advkd.data import to_uint8
-from advkd.extractor import FEATURES, load_extractor, register
+from advkd.extractor import FEATURES, Extractor, load_extractor, register
 from advkd.files import first_line, quiet, sha256
 from advkd.pipeline import StudentPipeline
 from advkd.presets import LATENT_SIDE, UserError
@@ -44,18 +44,25 @@ class Metric:
     """A feature space to compare images in, with the name of its distance.
 
     The default is the shipped digit classifier; its distance is FD-digits and never called FID. With `inception` it is
-    the Inception of the FID, from the weights file at that path (or "download", which fetches it).
+    the Inception of the FID, from the weights file at that path (or "download", which fetches it). `extractor` is any
+    other, under the name `data`.
     """
 
-    def __init__(self, folder: Path | str | None = None, inception: Path | str | None = None):
+    def __init__(
+        self,
+        folder: Path | str | None = None,
+        inception: Path | str | None = None,
+        extractor: Extractor | None = None,
+        data: str = "digits",
+    ):
         self.rgb, self.weights = inception is not None, None
         if inception is not None:
             self.extractor, self.label, self.features = INCEPTION, "FID", INCEPTION_FEATURES
             if str(inception) != "download":
                 self.weights = _safe_weights(Path(inception))
         else:
-            model = load_extractor() if folder is None else load_extractor(folder)
-            self.extractor, self.label, self.features = register(model, "digits"), "FD-digits", FEATURES
+            model = extractor or (load_extractor() if folder is None else load_extractor(folder))
+            self.extractor, self.label, self.features = register(model, data), f"FD-{data}", FEATURES
 
     def protocol(self) -> dict:
         """What a number depends on beside the images."""
@@ -184,6 +191,31 @@ def pull_to_train(samples: Tensor, train: Tensor, heldout: Tensor) -> float:
     count = min(len(train), len(heldout))
     to_train, to_heldout = (torch.cdist(samples.flatten(1), x[:count].flatten(1)).amin(1) for x in (train, heldout))
     return (to_train < to_heldout).float().mean().item()
+
+
+def near_copies(samples: Tensor, train: Tensor, heldout: Tensor, share: float = 0.01) -> float:
+    """Share of the samples that lie as near (pixel L2) to a training image as only `share` of the held-out images do.
+
+    By definition `share` for real images; a student that copies has more.
+    """
+    to_train = [torch.cdist(x.flatten(1), train.flatten(1)).amin(1) for x in (samples, heldout)]
+    return (to_train[0] < torch.quantile(to_train[1], share)).float().mean().item()
+
+
+def density_coverage(samples: Tensor, reference: Tensor, neighbours: int = 5) -> tuple[float, float]:
+    """Density and coverage (Naeem et al. 2020, equations 3 and 4) of feature vectors `(n, d)` and `(m, d)`.
+
+    Around each reference lies a ball up to its k-th nearest other reference. Density is how many balls a sample lies in,
+    over k (about 1 for real samples; it may exceed 1); coverage is the share of balls with a sample in them.
+    """
+    radii = torch.cdist(reference, reference).kthvalue(neighbours + 1, dim=1).values  # the first is itself
+    inside = torch.cdist(samples, reference) < radii
+    return inside.float().sum(1).mean().item() / neighbours, inside.any(0).float().mean().item()
+
+
+def class_shares(logits: Tensor) -> Tensor:
+    """How often each class is the verdict of a classifier's logits `(n, classes)`: shares `(classes,)` that sum to 1."""
+    return torch.bincount(logits.argmax(1), minlength=logits.shape[1]) / len(logits)
 
 
 def student_row(pipeline: StudentPipeline, recipe: str | None) -> dict:

@@ -84,6 +84,13 @@ def load_extractor(folder: Path | str = ASSETS / "digits-extractor") -> Extracto
         raise UserError(f"{folder} holds no feature extractor: {error}") from error
 
 
+def random_extractor(image_size_px: int, channels: int, seed: int = 0) -> Extractor:
+    """An untrained extractor: a feature space that saw no data and that nobody selected by."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Extractor(image_size_px, channels).eval()
+
+
 def register(extractor: Extractor, data: str) -> str:
     """Make `extractor` known to torch-fidelity and return its name, which ends in its weights' fingerprint."""
     return _register(f"{data}-{fingerprint(extractor.state_dict())}", extractor)

@@ -155,7 +155,7 @@ class _Loop:
             self.modules["average"] = AveragedModel(student, multi_avg_fn=average, use_buffers=True)
         self.store = trajectories
         self.latents = trajectories.latents(preset.latent).to(device)
-        self.images = None if images is None else images.to(device)
+        self.images = images  # possibly rendered when asked for, so they stay where they are
         self.stage = None
         self.targets: dict[int, Tensor] = {}
 
@@ -219,9 +219,8 @@ class _Loop:
         others = torch.randint(len(self.store), (count - from_data,), generator=generator)[len(targets) :]
         parts = [targets[: count - from_data], as_images(self.targets[k][others.to(self.device)])]
         if from_data:
-            parts.append(
-                self.images[torch.randint(len(self.images), (from_data,), generator=generator).to(self.device)]
-            )
+            chosen = torch.randint(len(self.images), (from_data,), generator=generator)
+            parts.append(self.images[chosen].to(self.device))
         return torch.cat(parts).contiguous(memory_format=torch.channels_last)
 
     def _train_critic(self, real, fake, latents, generator, step):

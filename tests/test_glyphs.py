@@ -29,11 +29,11 @@ def test_ground_and_ink_are_the_colours_in_the_image(glyphs):
     images, factors = glyphs[:200], glyphs.factors(slice(200))
     corners = images[:, :, [0, 0, -1, -1], [0, -1, 0, -1]].median(dim=2).values
     torch.testing.assert_close(corners, factors["ground"])
-    towards_ink = ((images - factors["ground"][..., None, None]) / (factors["ink"] - factors["ground"])[..., None, None])
+    towards_ink = (images - factors["ground"][..., None, None]) / (factors["ink"] - factors["ground"])[..., None, None]
     share = towards_ink.mean(1)  # of ink in each pixel
-    assert -1e-3 < share.min() and share.max() < 1 + 1e-3
+    assert share.min() > -1e-3 and share.max() < 1 + 1e-3
     covered = (share > 0.5).float().mean((1, 2))
-    assert 0.02 < covered.min() and covered.max() < 0.5
+    assert covered.min() > 0.02 and covered.max() < 0.5
     contrast = ((factors["ink"] - factors["ground"]) / 2 @ LUMINANCE).abs()
     assert contrast.min() >= CONTRAST - 1e-6
 

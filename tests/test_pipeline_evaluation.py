@@ -13,7 +13,10 @@ from advkd import figures
 from advkd.data import from_uint8, load_images, make_latent, seeded_noise, to_uint8
 from advkd.evaluation import (
     Metric,
+    class_shares,
+    density_coverage,
     milliseconds,
+    near_copies,
     nearest,
     protocol,
     pull_to_train,
@@ -21,7 +24,7 @@ from advkd.evaluation import (
     student_row,
     teacher_row,
 )
-from advkd.extractor import Extractor, accuracy, load_extractor, register
+from advkd.extractor import Extractor, accuracy, load_extractor, random_extractor, register
 from advkd.files import sha256
 from advkd.pipeline import StudentPipeline
 from advkd.presets import UserError, load_preset
@@ -280,6 +283,42 @@ def test_pull_to_train_is_the_share_of_samples_nearer_to_train(digits):
     sample = heldout[:1] + 0.01
     assert pull_to_train(sample, torch.cat([sample, train]), heldout) == 1
     assert pull_to_train(sample, torch.cat([train, sample]), heldout) == 0  # only the first 200 count, as are held out
+
+
+def test_near_copies_of_held_out_images_are_the_given_share(digits):
+    train, heldout = digits
+    assert near_copies(heldout, train, heldout, share=0.1) == pytest.approx(0.1, abs=0.006)
+    assert near_copies(train[:20] + 0.001, train, heldout) == 1
+    assert near_copies(torch.zeros_like(train[:20]), train, heldout) == 0
+
+
+def test_density_and_coverage_by_hand():
+    reference = torch.tensor([[0.0], [1.0], [2.0], [10.0]])  # radii for one neighbour: 1, 1, 1, 8
+    samples = torch.tensor([[0.5], [0.9], [3.5]])  # in the balls of {0, 1}, {0, 1}, {10}
+    assert density_coverage(samples, reference, 1) == pytest.approx((5 / 3, 3 / 4))
+    assert density_coverage(samples + 100, reference, 1) == (0, 0)
+
+
+def test_density_and_coverage_of_real_against_real_are_about_one():
+    generator = torch.Generator().manual_seed(0)
+    samples, reference = (torch.randn(1000, 8, generator=generator) for _ in range(2))
+    density, coverage = density_coverage(samples, reference)
+    assert density == pytest.approx(1, abs=0.1) and coverage == pytest.approx(1 - 0.5**5, abs=0.03)
+
+
+def test_class_shares_count_verdicts():
+    logits = torch.eye(3)[[0, 0, 2, 0]]
+    assert class_shares(logits).tolist() == [0.75, 0, 0.25]
+
+
+def test_the_random_feature_space_is_fixed_and_measures(digits):
+    train, heldout = digits
+    first, second = random_extractor(16, 1), random_extractor(16, 1)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    metric = Metric(extractor=first, data="unseen")
+    assert metric.label == "FD-unseen"
+    near, far = (metric.compare(x, heldout)["fd"] for x in (train, train.flip(2)))
+    assert 0 < near < far
 
 
 def test_a_latent_of_its_own_goes_in_as_noise_of_4_by_4(pipeline):
