@@ -1,4 +1,4 @@
-"""The command line: python -m advkd {teacher,extractor,trajectories,train,sample,evaluate,reproduce}."""
+"""The command line: python -m advkd {teacher,extractor,trajectories,train,sample,evaluate,ablate,quality,reproduce}."""
 
 import sys
 from dataclasses import replace
@@ -40,11 +40,12 @@ def cli(threads: int | None):
         torch.set_num_threads(threads)
 
 
-PRESET = click.option("--preset", "name", default="digits", help="What to work on: digits, celebahq.")
+PRESET = click.option("--preset", "name", default="digits", help="What to work on: digits, glyphs, celebahq.")
 RECIPE = click.option("--recipe", default="improved", help="How to train the student: improved, paper.")
 OUT = click.option("--out", type=click.Path(path_type=Path), required=True, help="Where to write.")
 COUNT = click.option("--count", type=click.IntRange(1), default=5000, help="Number of images.")
 SEED = click.option("--seed", type=click.IntRange(0), default=1, help="Seed of the noise.")
+WORKERS = click.option("--workers", type=click.IntRange(1), default=2, help="Students that are trained side by side.")
 TEACHER = click.option("--teacher", "source", help="A folder in diffusers format, or a hub id (default: the preset's).")
 STUDENT = click.argument("student", type=click.Path(path_type=Path))
 
@@ -94,13 +95,14 @@ def teacher(name: str, out: Path, steps: int, seed: int, resume: bool):
 @PRESET
 @OUT
 @click.option("--steps", type=click.IntRange(1), default=3000, help="Optimizer steps.")
+@click.option("--learning-rate", type=float, default=2e-3, help="Of AdamW.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Seed of weights and batches.")
-def extractor(name: str, out: Path, steps: int, seed: int):
-    """Train the classifier whose features the digits are compared in, on the preset's train split."""
+def extractor(name: str, out: Path, steps: int, learning_rate: float, seed: int):
+    """Train the classifier whose features the images are compared in, on the preset's train split."""
     import torch
     from tqdm import tqdm
 
-    from advkd.data import load_images
+    from advkd.data import FACTORS, load_images
     from advkd.extractor import Extractor, accuracy, train_extractor
 
     if (out / "config.json").exists():
@@ -108,11 +110,15 @@ def extractor(name: str, out: Path, steps: int, seed: int):
     preset = load_preset(name)
     train, heldout = load_images(preset, "train"), load_images(preset, "heldout")
     torch.manual_seed(seed)
-    model = Extractor(preset.image_size_px, preset.channels)
-    for _ in tqdm(train_extractor(model, *train, steps=steps, seed=seed), total=steps, unit="step"):
+    sizes = tuple(FACTORS[preset.data].values())
+    model = Extractor(preset.image_size_px, preset.channels, sizes if len(sizes) > 1 else sizes[0])
+    for _ in tqdm(
+        train_extractor(model, *train, steps=steps, learning_rate=learning_rate, seed=seed), total=steps, unit="step"
+    ):
         pass
     model.save_pretrained(out)
-    click.echo(f"extractor: {out}, accuracy on held-out images {accuracy(model, *heldout):.4f}")
+    right = accuracy(model, *(part[:5000] for part in heldout))
+    click.echo(f"extractor: {out}, accuracy on held-out images {right:.4f}")
 
 
 @cli.command()
@@ -214,7 +220,8 @@ def evaluate(student: Path, name: str, count: int, seed: int, out: Path, incepti
     from advkd.files import write_json
     from advkd.run import load_run, read_run
 
-    preset, pipeline, metric = load_preset(name), load_run(student), Metric(inception=inception)
+    preset, pipeline = load_preset(name), load_run(student)
+    metric = Metric(preset.data, inception=inception)
     shape = (pipeline.student.config.channels, pipeline.student.config.image_size_px)
     if shape != (preset.channels, preset.image_size_px):
         raise UserError(
@@ -227,6 +234,44 @@ def evaluate(student: Path, name: str, count: int, seed: int, out: Path, incepti
     row |= metric.evaluate(images, train_images, heldout, few) | {"ms_per_image": student_latency_ms(pipeline)}
     write_json(out, {"protocol": protocol(metric, count, seed, train_images, heldout), "rows": [row]})
     click.echo(f"{metric.label} {row['fd_train']:.3f} (train), {row['fd_heldout']:.3f} (held out): {out}")
+
+
+@cli.command()
+@PRESET
+@click.option("--group", "groups", multiple=True, help="Only this group of settings (several times for several).")
+@WORKERS
+def ablate(name: str, groups: tuple[str, ...], workers: int):
+    """Train and score the ablations that are missing; rows go to figures/PRESET/ablations.json as they are ready."""
+    from advkd.ablations import ablate as run
+    from advkd.ablations import ablation_protocol, jobs, keep
+    from advkd.quality import Judge
+
+    chosen = jobs(name)
+    if unknown := [group for group in groups if group not in {job.group for job in chosen}]:
+        known = ", ".join(dict.fromkeys(repr(job.group) for job in chosen))
+        raise UserError(f"there is no group {unknown[0]!r}; groups: {known}")
+    judge, failed = Judge(load_preset(name)), 0
+    for row in run(judge, [job for job in chosen if not groups or job.group in groups], workers):
+        path, failed = keep(name, row, ablation_protocol(judge)), failed + ("error" in row)
+    click.echo(f"ablations: {path}" + (f", {failed} trainings failed (see `error` there)" if failed else ""))
+
+
+@cli.command()
+@PRESET
+@click.option("--paper-epochs", type=float, default=1.0, help="Budget of the paper's recipe, of its 10.")
+@click.option("--sampler", "chosen", multiple=True, help="Only this sampler of the teacher: ddim-50 (several times).")
+@WORKERS
+def quality(name: str, paper_epochs: float, chosen: tuple[str, ...], workers: int):
+    """Measure students and teacher over seeds in figures/PRESET/quality.json (hours from nothing; resumable)."""
+    from advkd.figures import save_table
+    from advkd.quality import SAMPLERS, SHOWN
+    from advkd.quality import quality as run
+
+    known = {f"{sampler}-{steps}": (sampler, steps) for sampler, steps in SAMPLERS}
+    if unknown := [sampler for sampler in chosen if sampler not in known]:
+        raise UserError(f"there is no sampler {unknown[0]!r}; samplers: {', '.join(known)}")
+    rows, protocol = run(name, workers, paper_epochs, [known[sampler] for sampler in chosen or known])
+    click.echo(f"quality: {save_table(rows, protocol, f'figures/{name}', 'quality', SHOWN)[0]}")
 
 
 @cli.command()

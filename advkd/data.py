@@ -7,15 +7,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from advkd.glyphs import Glyphs, Letters
+from advkd.glyphs import FONTS, LETTERS, Classes, Glyphs
 from advkd.presets import LATENT_SIDE, Preset, UserError
 
 DIGITS_TRAIN = 1197  # of 1797; the other 600 are held out from teacher, student and feature extractor alike
 GLYPHS_TRAIN, GLYPHS_HELDOUT = 10_000_000, 10_000
+# What a class label says, most significant first.
+FACTORS = {"digits": {"digit": 10}, "glyphs": {"letter": len(LETTERS), "font": len(FONTS)}}
 _SEED_STRIDE = 1_000_003  # more samples than any run draws, so that two seeds share no sample's random stream
 
 
-def load_images(preset: Preset, split: str) -> tuple[Tensor | Glyphs, Tensor | Letters]:
+def load_images(preset: Preset, split: str) -> tuple[Tensor | Glyphs, Tensor | Classes]:
     """Real images `(n, c, h, w)` in [-1, 1] and their class labels `(n,)`, to be indexed by a 1-D integer tensor.
 
     `split` is "train" or "heldout". The digits are scikit-learn's 1797 real handwritten digits (8 x 8, 17 grey levels),
@@ -28,7 +30,7 @@ def load_images(preset: Preset, split: str) -> tuple[Tensor | Glyphs, Tensor | L
     if preset.data == "glyphs":
         first, count = (0, GLYPHS_TRAIN) if split == "train" else (GLYPHS_TRAIN, GLYPHS_HELDOUT)
         glyphs = Glyphs(preset.image_size_px, first, count)
-        return glyphs, glyphs.letters
+        return glyphs, glyphs.classes
     if preset.data != "digits":
         raise UserError(
             f"the images of preset {preset.name!r} are not embedded; set real_share=0 to train without real images"
@@ -76,16 +78,24 @@ def from_uint8(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
+def block_mean(noise: Tensor, size_px: int) -> Tensor:
+    """Noise `(b, c, s, s)` as `(b, c, size_px, size_px)`, the block means times the block's side: N(0, 1) stays N(0, 1)."""
+    side = noise.shape[-1] // size_px
+    return F.avg_pool2d(noise, side) * side
+
+
 def make_latent(noise: Tensor, how: str = "block-mean") -> Tensor:
-    """State 0 `(b, c, s, s)` as the student's input `(b, c, 4, 4)`.
+    """State 0 `(b, c, s, s)` as the student's input `(b, c, 4, 4)`, or as it is.
 
     "block-mean": the mean of each block times the block's side, an orthonormal projection, hence exactly N(0, 1).
     "shrink8bit": what the published code trains on, the noise saved as a clamped 8-bit image and shrunk by an
     antialiased resize; its standard deviation is about 0.5 / (s / 4), although sampling feeds N(0, 1).
+    "full": all of the noise that the teacher starts from.
     """
+    if how == "full":
+        return noise
     if how == "block-mean":
-        side = noise.shape[-1] // LATENT_SIDE
-        return F.avg_pool2d(noise, side) * side
+        return block_mean(noise, LATENT_SIDE)
     if how == "shrink8bit":
         return F.interpolate(from_uint8(to_uint8(noise)), LATENT_SIDE, mode="bilinear", antialias=True)
-    raise UserError(f"there is no latent {how!r}; latents: block-mean, shrink8bit")
+    raise UserError(f"there is no latent {how!r}; latents: block-mean, shrink8bit, full")

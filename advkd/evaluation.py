@@ -18,7 +18,7 @@ from advkd.data import to_uint8
 from advkd.extractor import FEATURES, Extractor, load_extractor, register
 from advkd.files import first_line, quiet, sha256
 from advkd.pipeline import StudentPipeline
-from advkd.presets import LATENT_SIDE, UserError
+from advkd.presets import ASSETS, UserError
 from advkd.student import count_parameters
 from advkd.teacher import Teacher
 
@@ -43,17 +43,13 @@ class _Images(Dataset):
 class Metric:
     """A feature space to compare images in, with the name of its distance.
 
-    The default is the shipped digit classifier; its distance is FD-digits and never called FID. With `inception` it is
-    the Inception of the FID, from the weights file at that path (or "download", which fetches it). `extractor` is any
-    other, under the name `data`.
+    By default the shipped classifier of `data`; its distance is FD-digits or FD-glyphs and never called FID. With
+    `inception` it is the Inception of the FID, from the weights file at that path (or "download", which fetches it).
+    `extractor` is any other, under the name `data`.
     """
 
     def __init__(
-        self,
-        folder: Path | str | None = None,
-        inception: Path | str | None = None,
-        extractor: Extractor | None = None,
-        data: str = "digits",
+        self, data: str = "digits", *, inception: Path | str | None = None, extractor: Extractor | None = None
     ):
         self.rgb, self.weights = inception is not None, None
         if inception is not None:
@@ -61,7 +57,7 @@ class Metric:
             if str(inception) != "download":
                 self.weights = _safe_weights(Path(inception))
         else:
-            model = extractor or (load_extractor() if folder is None else load_extractor(folder))
+            model = extractor or load_extractor(ASSETS / f"{data}-extractor")
             self.extractor, self.label, self.features = register(model, data), f"FD-{data}", FEATURES
 
     def protocol(self) -> dict:
@@ -213,11 +209,6 @@ def density_coverage(samples: Tensor, reference: Tensor, neighbours: int = 5) ->
     return inside.float().sum(1).mean().item() / neighbours, inside.any(0).float().mean().item()
 
 
-def class_shares(logits: Tensor) -> Tensor:
-    """How often each class is the verdict of a classifier's logits `(n, classes)`: shares `(classes,)` that sum to 1."""
-    return torch.bincount(logits.argmax(1), minlength=logits.shape[1]) / len(logits)
-
-
 def student_row(pipeline: StudentPipeline, recipe: str | None) -> dict:
     """What a result row says of a student before it is measured."""
     student = pipeline.student
@@ -248,7 +239,7 @@ def teacher_row(teacher: Teacher, sampler: str, steps: int) -> dict:
 def student_latency_ms(pipeline: StudentPipeline, batch: int = 1) -> float:
     """Time per image of the deployable generator, float32, from a given latent."""
     student = pipeline.student.generator().eval()
-    latent = torch.randn(batch, student.config.channels, LATENT_SIDE, LATENT_SIDE, device=student.device)
+    latent = torch.randn(batch, *student.latent_shape, device=student.device)
     return milliseconds(lambda: student(latent)) / batch
 
 

@@ -1,8 +1,8 @@
-"""The digits' own feature space: a small classifier whose 64 penultimate features stand in for Inception's 2048."""
+"""A data set's own feature space: a small classifier whose 64 penultimate features stand in for Inception's 2048."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -20,10 +20,13 @@ FEATURES = 64
 
 
 class Extractor(ModelMixin, ConfigMixin):
-    """A classifier of images `(b, c, s, s)` in [-1, 1]; `features` are its penultimate activations `(b, 64)`."""
+    """A classifier of images `(b, c, s, s)` in [-1, 1]; `features` are its penultimate activations `(b, 64)`.
+
+    `classes` are the number of classes, or of several factors' (letter, font) one number each.
+    """
 
     @register_to_config
-    def __init__(self, image_size_px: int = 16, channels: int = 1, classes: int = 10):
+    def __init__(self, image_size_px: int = 16, channels: int = 1, classes: int | tuple[int, ...] = 10):
         super().__init__()
         layers, c_in = [], channels
         for c, stride in ((32, 1), (32, 2), (64, 1), (64, 2)):
@@ -31,11 +34,17 @@ class Extractor(ModelMixin, ConfigMixin):
             c_in = c
         flat = c_in * (image_size_px // 4) ** 2
         self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(flat, FEATURES), nn.ReLU())
-        self.classify = nn.Linear(FEATURES, classes)
+        self.sizes = (classes,) if isinstance(classes, int) else tuple(classes)
+        self.classify = nn.Linear(FEATURES, sum(self.sizes))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits `(b, classes)`."""
-        return self.classify(self.features(images))
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Logits `(b, classes)` of each factor."""
+        return self.classify(self.features(images)).split(self.sizes, dim=1)
+
+    @torch.inference_mode()
+    def verdicts(self, images: Tensor) -> list[Tensor]:
+        """The most likely class of each factor, `(b,)`."""
+        return [torch.cat(parts) for parts in zip(*([z.argmax(1) for z in self(x)] for x in images.split(500)))]
 
 
 @dataclass(frozen=True)
@@ -48,20 +57,31 @@ class ExtractorRecord:
 
 
 def train_extractor(
-    extractor: Extractor, images: Tensor, labels: Tensor, *, steps: int = 3000, batch_size: int = 64, seed: int = 0
+    extractor: Extractor,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    steps: int = 3000,
+    batch_size: int = 64,
+    learning_rate: float = 2e-3,
+    seed: int = 0,
 ) -> Iterator[ExtractorRecord]:
-    """Train the classifier on the train split `images` `(n, c, h, w)` in [-1, 1], with small random shifts and noise."""
-    optimizer = torch.optim.AdamW(extractor.parameters(), 2e-3, weight_decay=0.01)
+    """Train the classifier on the train split `images` `(n, c, h, w)` in [-1, 1], with noise and, where the images are
+    grey on black, small random shifts. The loss is the sum over the factors of the class label."""
+    optimizer = torch.optim.AdamW(extractor.parameters(), learning_rate, weight_decay=0.01)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     extractor.train()
     for step in range(1, steps + 1):
         generator = batch_generator(seed, step)
         batch = torch.randint(len(images), (batch_size,), generator=generator)
         dy, dx = torch.randint(-1, 2, (2,), generator=generator).tolist()
-        side = images.shape[-1]
-        shifted = F.pad(images[batch], (1, 1, 1, 1), value=-1)[..., 1 + dy :, 1 + dx :][..., :side, :side]
-        noisy = shifted + 0.1 * torch.randn(shifted.shape, generator=generator)
-        loss = F.cross_entropy(extractor(noisy), labels[batch], label_smoothing=0.1)
+        shown = images[batch]
+        if shown.shape[1] == 1:
+            side = shown.shape[-1]
+            shown = F.pad(shown, (1, 1, 1, 1), value=-1)[..., 1 + dy :, 1 + dx :][..., :side, :side]
+        noisy = shown + 0.1 * torch.randn(shown.shape, generator=generator)
+        targets = torch.unravel_index(labels[batch], extractor.sizes)
+        loss = sum(map(partial(F.cross_entropy, label_smoothing=0.1), extractor(noisy), targets))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -72,8 +92,9 @@ def train_extractor(
 
 @torch.inference_mode()
 def accuracy(extractor: Extractor, images: Tensor, labels: Tensor) -> float:
-    """Share of the images that are classified right."""
-    return (extractor.eval()(images).argmax(1) == labels).float().mean().item()
+    """Share of the images that are classified right, in every factor."""
+    found = torch.stack(extractor.eval().verdicts(images))
+    return (found == torch.stack(torch.unravel_index(labels, extractor.sizes))).all(0).float().mean().item()
 
 
 def load_extractor(folder: Path | str = ASSETS / "digits-extractor") -> Extractor:
@@ -84,11 +105,20 @@ def load_extractor(folder: Path | str = ASSETS / "digits-extractor") -> Extracto
         raise UserError(f"{folder} holds no feature extractor: {error}") from error
 
 
-def random_extractor(image_size_px: int, channels: int, seed: int = 0) -> Extractor:
-    """An untrained extractor: a feature space that saw no data and that nobody selected by."""
+@torch.no_grad()
+def random_extractor(images: Tensor, seed: int = 0) -> Extractor:
+    """An untrained extractor: a feature space that learnt nothing and that nobody selected by.
+
+    Of the data it knows the scale alone: BatchNorm's statistics are those of `images` `(n, c, h, w)`.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return Extractor(image_size_px, channels).eval()
+        extractor = Extractor(images.shape[-1], images.shape[1])
+    for module in extractor.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the average over all calls
+    extractor.train()(images)
+    return extractor.eval()
 
 
 def register(extractor: Extractor, data: str) -> str:

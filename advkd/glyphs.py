@@ -68,9 +68,9 @@ class Glyphs:
         return {name: torch.from_numpy(np.stack([np.asarray(f[name]) for f in drawn])) for name in names}
 
     @property
-    def letters(self) -> "Letters":
+    def classes(self) -> "Classes":
         """The class labels, indexed like the images."""
-        return Letters(self)
+        return Classes(self)
 
     def _indices(self, which: Tensor | slice) -> list[int]:
         positions = range(*which.indices(self.count)) if isinstance(which, slice) else which.tolist()
@@ -106,8 +106,8 @@ class Glyphs:
         return np.asarray(stamp.transform((size, size), Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC))
 
 
-class Letters:
-    """Which letters glyphs show: `letters[indices]` are indices into LETTERS, `(n,)`."""
+class Classes:
+    """Which letter in which font glyphs show: `classes[indices]` are `letter * len(FONTS) + font`, `(n,)`."""
 
     def __init__(self, glyphs: Glyphs):
         self.glyphs = glyphs
@@ -116,7 +116,17 @@ class Letters:
         return len(self.glyphs)
 
     def __getitem__(self, which: Tensor | slice) -> Tensor:
-        return self.glyphs.factors(which)["letter"]
+        factors = self.glyphs.factors(which)
+        return factors["letter"] * len(FONTS) + factors["font"]
+
+
+def ground_octant(images: Tensor) -> Tensor:
+    """The colour of the ground of images `(n, 3, s, s)`, as one of 8 octants of the RGB cube, `(n,)`.
+
+    The median of the border: no letter reaches half of it.
+    """
+    border = torch.cat([images[..., 0, :], images[..., -1, :], images[..., :, 0], images[..., :, -1]], dim=-1)
+    return ((border.median(dim=-1).values > 0) * torch.tensor([4, 2, 1])).sum(1)
 
 
 @cache

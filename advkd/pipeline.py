@@ -5,7 +5,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor
 
 from advkd.data import make_latent, seeded_noise
-from advkd.presets import LATENT_SIDE, UserError
+from advkd.presets import UserError
 from advkd.student import Student
 
 
@@ -41,9 +41,10 @@ class StudentPipeline(DiffusionPipeline):
             if batch_size < 1:
                 raise UserError(f"batch_size is {batch_size}, but must be at least 1")
             noise = seeded_noise(range(first_index, first_index + batch_size), shape, seed)
-        if noise.ndim != 4 or tuple(noise.shape[1:]) not in (shape, (config.channels, LATENT_SIDE, LATENT_SIDE)):
+        if noise.ndim != 4 or tuple(noise.shape[1:]) not in (shape, self.student.latent_shape):
             raise UserError(f"noise has the shape {tuple(noise.shape)}, but must be (b, {', '.join(map(str, shape))})")
-        latent = make_latent(noise.to(self.device)).to(self.student.dtype)
+        how = "full" if config.latent == "full" else "block-mean"
+        latent = make_latent(noise.to(self.device), how).to(self.student.dtype)
         training = self.student.training
         images = self.student.eval()(latent, stage).float()
         self.student.train(training)

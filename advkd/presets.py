@@ -42,7 +42,7 @@ class Preset:
     widths: tuple[int, ...]  # feature channels at each resolution, coarse to fine
     block: Literal["plain", "residual"]
     head: Literal["terminal", "light"]
-    latent: Literal["shrink8bit", "block-mean"]  # how state 0 becomes the 4 x 4 latent in training
+    latent: Literal["shrink8bit", "block-mean", "full"]  # what of state 0 the student is given; see data.make_latent
     target: Literal["xt", "x0"]  # what each head imitates: the noisy state, or the teacher's x0-prediction there
     # critic
     critic: Literal["conditional", "unconditional"]
@@ -58,7 +58,9 @@ class Preset:
     steps: int  # joint: optimizer steps
     batch_sizes: tuple[int, ...]  # one for every stage, or one for all
     fresh_share: float  # share of each batch that are fresh latents without a trajectory
+    adversarial_weight: float  # weight of the student's adversarial loss
     reconstruction_weight: float  # weight of the L1 loss of every head
+    unsupervised: tuple[int, ...]  # submodules whose heads have no L1 loss
     learning_rate: float
     betas: tuple[float, float]
     decay_share: float  # the learning rate falls linearly to 0 over this last share of the steps
@@ -105,10 +107,10 @@ def resolution(k: int, submodules: int, image_size_px: int) -> int:
     """Side in pixels of the image of submodule `k`.
 
     Adv-KD's law 2 ** (k // 2 + 3) at 256 px and K = 11, carried over to any size and K: the doublings from 8 px to
-    `image_size_px` are spread evenly over the submodules.
+    `image_size_px` are spread evenly over the submodules. Fewer submodules than sizes leave out sizes, never the last.
     """
     levels = int(math.log2(image_size_px // 8)) + 1
-    return 8 * 2 ** (k * levels // submodules)
+    return 8 * 2 ** (k * levels // submodules if submodules >= levels else ((k + 1) * levels - 1) // submodules)
 
 
 def stage_times(submodules: int) -> tuple[int, ...]:
@@ -139,13 +141,11 @@ def check(p: Preset) -> None:
     size, k = p.image_size_px, p.submodules
     if size < 8 or size & (size - 1):
         raise UserError(f"image_size_px is {size}, but must be a power of two, 8 or more")
-    levels = len({p.resolution(i) for i in range(k)}) if k > 0 else 0
-    if k < 1 or levels != int(math.log2(size // 8)) + 1:
-        raise UserError(
-            f"submodules is {k}, but {size} px needs one for each doubling from 8 px: {size.bit_length() - 3}"
-        )
-    if len(p.widths) != levels:
-        raise UserError(f"widths has {len(p.widths)} entries {p.widths}, but {size} px has {levels} resolutions")
+    if k < 1:
+        raise UserError(f"submodules is {k}, but must be 1 or more")
+    sizes = sorted(set(p.resolutions))
+    if len(p.widths) != len(sizes):
+        raise UserError(f"widths has {len(p.widths)} entries {p.widths}, but the submodules' images have {sizes} px")
     if p.sampler_steps <= 0 or TRAIN_TIMESTEPS % p.sampler_steps:
         raise UserError(f"sampler_steps is {p.sampler_steps}, but must divide {TRAIN_TIMESTEPS}, as 50, 100 or 1000 do")
     for field in dataclasses.fields(p):
@@ -169,7 +169,13 @@ def check(p: Preset) -> None:
         raise UserError(f"fresh_share is {p.fresh_share}, but staged training has only paired latents: fresh_share=0")
     if p.fresh_share == 1 and p.reconstruction_weight:
         raise UserError("fresh_share is 1, which leaves nothing to reconstruct: reconstruction_weight=0")
-    for field in ("penalty_weight", "reconstruction_weight", "trajectory_seed", "seed"):
+    if beyond := [i for i in p.unsupervised if i not in range(k)]:
+        raise UserError(f"unsupervised names submodule {beyond[0]}, but there are 0 to {k - 1}")
+    if not p.adversarial_weight and not p.reconstruction_weight:
+        raise UserError(
+            "adversarial_weight and reconstruction_weight are both 0: the student has nothing to learn from"
+        )
+    for field in ("penalty_weight", "adversarial_weight", "reconstruction_weight", "trajectory_seed", "seed"):
         if getattr(p, field) < 0:
             raise UserError(f"{field} is {getattr(p, field)}, but must not be negative")
     for field in (
@@ -243,7 +249,9 @@ _RECIPES = {
         steps=1,  # staged training counts epochs
         batch_sizes=(64, 64, 64, 64, 64, 64, 64, 64, 32, 16, 16),
         fresh_share=0.0,
+        adversarial_weight=1.0,
         reconstruction_weight=0.0,
+        unsupervised=(),
         learning_rate=1e-4,
         betas=(0.5, 0.999),
         decay_share=0.0,
@@ -267,7 +275,9 @@ _RECIPES = {
         steps=3500,
         batch_sizes=(64,),
         fresh_share=0.75,
+        adversarial_weight=1.0,
         reconstruction_weight=0.1,
+        unsupervised=(),
         learning_rate=1e-3,
         betas=(0.0, 0.99),
         decay_share=0.4,

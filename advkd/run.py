@@ -1,15 +1,20 @@
 """A training run on disk: progress, curves as CSV and TensorBoard, checkpoints, the finished pipeline."""
 
 import json
+import multiprocessing
+import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
+from advkd.data import load_images
 from advkd.discriminator import make_discriminator
 from advkd.files import (
     CHECKPOINT_EVERY,
@@ -25,8 +30,9 @@ from advkd.pipeline import StudentPipeline
 from advkd.presets import Preset, UserError, config_hash
 from advkd.presets import asdict as preset_fields
 from advkd.student import Student
+from advkd.teacher import load_teacher
 from advkd.train_advkd import Plan, TrainRecord, pick_device, train_advkd
-from advkd.trajectories import TrajectoryStore
+from advkd.trajectories import TrajectoryStore, generate_trajectories, trajectory_dir
 
 CHECKPOINT, CURVES, PIPELINE, RUN = "checkpoint.safetensors", "curves.csv", "student", "run.json"
 
@@ -50,7 +56,7 @@ def train_run(
     """Train the preset's student in `folder`; yields all its records, those of an earlier, interrupted call first.
 
     The folder then holds `student/` (a StudentPipeline), `curves.csv`, TensorBoard events in `logs/`, the checkpoint and
-    `run.json`: preset, configuration of the trajectories, device. A finished run is only read. Raises UserError when
+    `run.json`: preset, configuration of the trajectories, device, threads, wall-clock seconds. A finished run is only read. Raises UserError when
     the folder holds another run or, without `resume`, when it holds any.
     """
     folder = Path(folder)
@@ -63,7 +69,9 @@ def train_run(
     if (folder / CHECKPOINT).exists():
         earlier = read_curves(folder)[: read_checkpoint_state(folder / CHECKPOINT)["step"]]
         yield from earlier
-    write_json(folder / RUN, this | {"device": str(pick_device(device))})
+    spent = (read_run(folder) or {}).get("seconds", 0.0) if earlier else 0.0
+    about = this | {"device": str(pick_device(device)), "threads": torch.get_num_threads()}
+    write_json(folder / RUN, about | {"seconds": spent})
     student, records = Student.from_preset(preset), list(earlier)
     steps = train_advkd(
         student,
@@ -77,11 +85,13 @@ def train_run(
     )
     total = Plan(preset, len(trajectories)).steps
     bar = tqdm(total=total, initial=len(earlier), desc=f"train {preset.recipe}", unit="step", disable=quiet(progress))
+    start = time.perf_counter() - spent
     with bar, SummaryWriter(folder / "logs", purge_step=len(earlier)) as board:
         for record in steps:
             records.append(record)
             if record.step % CHECKPOINT_EVERY == 0 or record.step == total:
                 write_csv(folder / CURVES, records)
+                write_json(folder / RUN, about | {"seconds": time.perf_counter() - start})
             if record.step % 20 == 0:
                 _log(board, record)
                 bar.set_postfix(
@@ -119,6 +129,51 @@ def _log(board: SummaryWriter, record: TrainRecord) -> None:
             board.add_scalar(name, value, record.step)
 
 
+def train_side_by_side(presets: list[Preset], workers: int = 1) -> Iterator[tuple[Preset, Path, str | None]]:
+    """Train one student per preset in its `run_dir`, `workers` at a time with an equal share of the threads.
+
+    Yields each preset with its folder and None once it is finished, or with what went wrong (a loss that is not finite);
+    finished runs come at once, interrupted ones are resumed.
+    """
+    waiting, stores = {}, {}
+    for preset in presets:
+        teacher = load_teacher(preset)
+        where = trajectory_dir(teacher, preset)
+        if where not in stores:  # made here, so that no two processes make the same
+            stores[where] = generate_trajectories(teacher, preset, where)
+        folder = run_dir(preset, stores[where])
+        if (folder / PIPELINE / "model_index.json").exists():
+            yield preset, folder, None
+        else:
+            waiting[preset] = folder, where
+    if not waiting:
+        return
+    with tqdm(total=len(waiting), desc="students", unit="student", disable=quiet(True)) as bar:
+        trained = _in_processes(waiting, workers) if workers > 1 else ((p, _train_one(p, *waiting[p])) for p in waiting)
+        for preset, error in trained:
+            bar.update()
+            yield preset, waiting[preset][0], error
+
+
+def _in_processes(waiting: dict[Preset, tuple[Path, Path]], workers: int) -> Iterator[tuple[Preset, str | None]]:
+    threads = (max(1, torch.get_num_threads() // workers),)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, threads)
+    futures = {pool.submit(_train_one, preset, *paths): preset for preset, paths in waiting.items()}
+    try:
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _train_one(preset: Preset, folder: Path, trajectories: Path) -> str | None:
+    images = load_images(preset, "train")[0] if preset.real_share else None
+    try:
+        finish(train_run(preset, TrajectoryStore(trajectories), folder, images=images, progress=False))
+    except UserError as error:
+        return str(error)
+
+
 def finish(records: Iterable[TrainRecord]) -> TrainRecord:
     """Run a training to its end; returns its last record."""
     for record in records:
@@ -141,13 +196,13 @@ def load_run(folder: Path | str) -> StudentPipeline:
 
 
 def read_run(folder: Path | str) -> dict | None:
-    """`run.json` of a run folder (or of the one around its `student/`): preset, trajectories, device; None without one."""
+    """`run.json` of a run folder (or of the one around its `student/`), see `train_run`; None without one."""
     folder = Path(folder)
     path = (folder.parent if folder.name == PIPELINE and not (folder / RUN).exists() else folder) / RUN
     if not path.exists():
         return None
     try:
         made = json.loads(path.read_text(encoding="utf-8"))
-        return {part: made[part] for part in ("preset", "trajectories", "device")}
+        return {part: made[part] for part in ("preset", "trajectories", "device")} | made
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} does not describe a run ({first_line(error)})") from error

@@ -1,10 +1,14 @@
 """The one-step student: K submodules that play the teacher's denoising phases, each with a head of its own."""
 
+from collections.abc import Iterator
+
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from advkd.data import block_mean
 from advkd.presets import LATENT_SIDE, Preset, UserError, resolution
 
 
@@ -35,15 +39,18 @@ class Residual(nn.Module):
         return self.activation(x + self.body(x))
 
 
-def plain_layers(c_in: int, c: int, doubles: bool, first: bool) -> list[nn.Module]:
-    """A submodule as published: two layers (the first resolution's submodules 0 and 1: one), Up where it doubles."""
-    last = Up if doubles else Conv
-    return [last(c_in, c)] if first else [Conv(c_in, c), last(c, c)]
+def plain_layers(c_in: int, c: int, factor: int, first: bool) -> list[nn.Module]:
+    """A submodule as published: two layers (the first resolution's submodules 0 and 1: one), Up for each doubling."""
+    before = [] if first else [Conv(c_in, c)]
+    c_in = c_in if first else c
+    if factor == 1:
+        return [*before, Conv(c_in, c)]
+    return [*before, Up(c_in, c), *(Up(c, c) for _ in range(factor.bit_length() - 2))]
 
 
-def residual_layers(c_in: int, c: int, doubles: bool, first: bool) -> list[nn.Module]:
-    """A submodule of the improved recipe: nearest upsampling where it doubles, then a residual block."""
-    grow = [nn.Upsample(scale_factor=2), Conv(c_in, c)] if doubles else []
+def residual_layers(c_in: int, c: int, factor: int, first: bool) -> list[nn.Module]:
+    """A submodule of the improved recipe: nearest upsampling where its image grows, then a residual block."""
+    grow = [nn.Upsample(scale_factor=factor), Conv(c_in, c)] if factor > 1 else []
     return [*grow, Residual(c)]
 
 
@@ -80,7 +87,9 @@ class Student(ModelMixin, ConfigMixin):
     """Adv-KD's student (section 3): a 4 x 4 latent to an image in one forward pass through K submodules.
 
     `widths` are the feature channels at each resolution, coarse to fine; `block` is a key of BLOCKS, `head` of HEADS.
-    With `training_heads=False` only the last submodule has a head: the deployable generator.
+    With `latent="full"` the input is the teacher's whole noise: a submodule whose image grows to r px is given its block
+    means at r px beside the features. With `training_heads=False` only the last submodule has a head: the deployable
+    generator.
     """
 
     @register_to_config
@@ -92,6 +101,7 @@ class Student(ModelMixin, ConfigMixin):
         widths: tuple[int, ...] = (16, 32, 64, 128, 128, 128),
         block: str = "plain",
         head: str = "terminal",
+        latent: str = "block-mean",
         training_heads: bool = True,
     ):
         super().__init__()
@@ -100,7 +110,9 @@ class Student(ModelMixin, ConfigMixin):
         sizes = [resolution(k, submodules, image_size_px) for k in range(submodules)]
         for k, size in enumerate(sizes):
             c = widths[sorted(set(sizes)).index(size)]
-            layers = BLOCKS[block](c_in, c, size > side, k < 2)
+            if latent == "full" and size > side:
+                c_in = channels * (size // side) ** 2 + (c_in if k else 0)
+            layers = BLOCKS[block](c_in, c, size // side, k < 2)
             has_head = training_heads or k == submodules - 1
             self.stages.append(Submodule(layers, HEADS[head](c, channels) if has_head else None))
             side, c_in = size, c
@@ -108,21 +120,36 @@ class Student(ModelMixin, ConfigMixin):
     @classmethod
     def from_preset(cls, preset: Preset) -> "Student":
         """A new student whose initial weights follow from `preset.seed` alone."""
-        fields = "image_size_px channels submodules widths block head"
+        fields = "image_size_px channels submodules widths block head latent"
         with torch.random.fork_rng():
             torch.manual_seed(preset.seed)
             return cls(**{name: getattr(preset, name) for name in fields.split()})
 
     def forward(self, latent: Tensor, stage: int | None = None) -> Tensor:
-        """The image `(b, channels, r, r)` in [-1, 1] of submodule `stage` (default: the last) for latents `(b, channels, 4, 4)`.
+        """The image `(b, channels, r, r)` in [-1, 1] of submodule `stage` (default: the last) for latents `latent_shape`.
 
         Raises UserError for a stage that does not exist, or has no head in a deployable generator.
         """
         stage = self._check(stage)
-        features = latent
-        for submodule in self.stages[: stage + 1]:
-            features = submodule.layers(features)
+        *_, features = self._walk(latent, stage)
         return self.stages[stage].terminal(features)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the input."""
+        side = self.config.image_size_px if self.config.latent == "full" else LATENT_SIDE
+        return self.config.channels, side, side
+
+    def _walk(self, latent: Tensor, stage: int) -> Iterator[Tensor]:
+        """The features after submodules 0..`stage`."""
+        features, side = latent, LATENT_SIDE
+        for k, submodule in enumerate(self.stages[: stage + 1]):
+            size = resolution(k, len(self.stages), self.config.image_size_px)
+            if self.config.latent == "full" and size > side:
+                noise = F.pixel_unshuffle(block_mean(latent, size), size // side)
+                features = torch.cat([features, noise], dim=1) if k else noise
+            features, side = submodule.layers(features), size
+            yield features
 
     def images(self, latent: Tensor, stage: int | None = None, first: int | None = None) -> list[Tensor]:
         """The images of submodules 0..`stage` (default: all) in one pass, coarse to fine.
@@ -131,12 +158,9 @@ class Student(ModelMixin, ConfigMixin):
         """
         if not self.config.training_heads:
             raise UserError("this is the deployable generator, which has the last head only; load the training student")
-        images, features = [], latent
-        for submodule in self.stages[: self._check(stage) + 1]:
-            features = submodule.layers(features)
-            last = len(images) == self._check(stage)
-            images.append(submodule.terminal(features if last else features[:first]))
-        return images
+        stage = self._check(stage)
+        walk = zip(self.stages, self._walk(latent, stage), strict=False)
+        return [m.terminal(features if k == stage else features[:first]) for k, (m, features) in enumerate(walk)]
 
     def generator(self) -> "Student":
         """A copy without the training-time heads, for deployment: the same last image from fewer parameters."""
@@ -161,3 +185,18 @@ class Student(ModelMixin, ConfigMixin):
 def count_parameters(module: nn.Module) -> int:
     """Number of parameters; BatchNorm's running statistics are buffers and not counted."""
     return sum(p.numel() for p in module.parameters())
+
+
+def parameters(preset: Preset) -> int:
+    """Number of parameters of the preset's student."""
+    with torch.device("meta"):  # shapes without weights
+        return count_parameters(Student.from_preset(preset))
+
+
+def match_parameters(preset: Preset, wanted: int) -> Preset:
+    """The preset with its widths scaled, in multiples of 2, to the number of parameters nearest to `wanted`."""
+    scaled = {
+        tuple(max(2, round(width * tenths / 20) * 2) for width in preset.widths): None for tenths in range(2, 120)
+    }
+    fitting = [preset.replace(widths=widths) for widths in scaled]
+    return min(fitting, key=lambda p: abs(parameters(p) - wanted))

@@ -203,7 +203,7 @@ class _Loop:
         fake = images[-1].float()
         real = self._real(targets[k], len(fake), k, generator)
         critic_loss, penalty, critic_gradient = self._train_critic(real, fake.detach(), latents, generator, step)
-        student_loss, l1, student_gradient = self._train_student(images, fake, latents, list(targets.values()))
+        student_loss, l1, student_gradient = self._train_student(images, fake, latents, targets)
         if not torch.isfinite(critic_loss + student_loss + critic_gradient + student_gradient):
             raise UserError(
                 f"a loss or gradient is not finite at step {step + 1} (stage {k}); the last checkpoint is kept"
@@ -250,7 +250,7 @@ class _Loop:
         return losses.gradient_penalty(critic, real, fake, weight)
 
     def _train_student(self, images, fake, latents, targets):
-        """The adversarial loss of the last image, and L1 of every head on the paired part of the batch."""
+        """The adversarial loss of the last image, and L1 of the supervised heads on the paired part of the batch."""
         p, optimizer = self.preset, self.optimizers["student_optimizer"]
         critic = self.modules["critic"].requires_grad_(False)
         with self._autocast():
@@ -258,10 +258,10 @@ class _Loop:
         adversarial = losses.generator_loss(logits.float())
         l1 = torch.zeros((), device=self.device)
         if p.reconstruction_weight:
-            l1 = losses.reconstruction_loss(
-                [x[: len(t)].float() for x, t in zip(images, targets, strict=True)], targets
-            )
-        total = adversarial + p.reconstruction_weight * l1
+            supervised = [i for i in targets if i not in p.unsupervised]
+            shown = [images[i][: len(targets[i])].float() for i in supervised]
+            l1 = losses.reconstruction_loss(shown, [targets[i] for i in supervised])
+        total = p.adversarial_weight * adversarial + p.reconstruction_weight * l1
         optimizer.zero_grad(set_to_none=True)
         total.backward()
         gradient = torch.nn.utils.get_total_norm([q.grad for q in self.student.parameters() if q.grad is not None])

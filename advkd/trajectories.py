@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from advkd.data import from_uint8, make_latent, sample_generators, sample_noise, to_uint8
+from advkd.data import from_uint8, make_latent, sample_generators, sample_noise, seeded_noise, to_uint8
 from advkd.files import differences, quiet, sha256, write_atomic, write_json
 from advkd.presets import Preset, UserError, config_hash, stage_times
 from advkd.teacher import Teacher
@@ -206,8 +206,12 @@ class TrajectoryStore:
         return torch.cat(parts)
 
     def latents(self, how: str) -> Tensor:
-        """The student's inputs `(n, c, 4, 4)`, float32; see `make_latent`."""
-        return self.column(how)
+        """The student's inputs, float32; see `make_latent`. The full noise `(n, c, s, s)` follows from the seed."""
+        if how != "full":
+            return self.column(how)
+        config = self.config
+        shape = (config["channels"], config["image_size_px"], config["image_size_px"])
+        return seeded_noise(range(len(self)), shape, config["trajectory_seed"])
 
     def targets(self, k: int, target: str) -> Tensor:
         """Submodule k's targets `(n, c, r, r)` in [-1, 1], float32; `target` is "xt" or "x0"."""

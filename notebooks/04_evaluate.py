@@ -243,7 +243,7 @@ _ = save_figure(figure, f"figures/{preset}", "distances")
 # %%
 noise = seeded_noise(range(1000), improved.image_shape, seed=0)
 twins = students["improved"](noise=noise, output_type="pt").images
-classes = [load_extractor()(x).argmax(1) for x in (walks["improved"][:1000], twins)]
+classes = [load_extractor().verdicts(x)[0] for x in (walks["improved"][:1000], twins)]
 agree = {"same_noise": (classes[0] == classes[1]).float().mean().item()}
 agree["shuffled"] = (classes[0] == classes[1].roll(1)).float().mean().item()
 asked = {"images": 1000, "noise": "of the training trajectories, seed 0", "classifier": "assets/digits-extractor"}

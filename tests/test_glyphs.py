@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from advkd.data import GLYPHS_TRAIN, load_images
-from advkd.glyphs import CONTRAST, FONTS, LETTERS, UNSEEN_FONTS, Glyphs
+from advkd.glyphs import CONTRAST, FONTS, LETTERS, UNSEEN_FONTS, Glyphs, ground_octant
 from advkd.presets import UserError, load_preset
 
 LUMINANCE = torch.tensor([0.299, 0.587, 0.114])
@@ -46,7 +46,9 @@ def test_letters_and_fonts_are_uniform(glyphs):
         expected = 20_000 / kinds
         chi2 = ((counts - expected) ** 2 / expected).sum().item()
         assert chi2 < kinds + 4 * np.sqrt(2 * kinds)
-    assert torch.equal(glyphs.letters[:20], glyphs.factors(slice(20))["letter"]) and len(glyphs.letters) == 1000
+    classes = glyphs.classes[:20]
+    assert torch.equal(classes // len(FONTS), glyphs.factors(slice(20))["letter"]) and len(glyphs.classes) == 1000
+    assert torch.equal(classes % len(FONTS), glyphs.factors(slice(20))["font"])
 
 
 def test_the_same_letter_in_the_same_colours_differs_by_font_and_pose(glyphs):
@@ -58,13 +60,20 @@ def test_the_same_letter_in_the_same_colours_differs_by_font_and_pose(glyphs):
 
 def test_the_splits_share_no_index():
     preset = load_preset("glyphs")
-    (train, letters), (heldout, _) = load_images(preset, "train"), load_images(preset, "heldout")
+    (train, classes), (heldout, _) = load_images(preset, "train"), load_images(preset, "heldout")
     assert (train.first, len(train), heldout.first) == (0, GLYPHS_TRAIN, GLYPHS_TRAIN)
     assert train.fonts == heldout.fonts == FONTS
-    assert torch.equal(letters[torch.tensor([5])], train.factors(torch.tensor([5]))["letter"])
+    assert torch.equal(classes[torch.tensor([5])], train.classes[5:6])
 
 
 def test_images_that_do_not_exist_are_refused(glyphs):
     for index in (1000, -1):
         with pytest.raises(UserError, match=f"glyphs has 1000 images, but {index} was asked for"):
             glyphs[torch.tensor([0, index])]
+
+
+def test_the_octant_of_the_ground_is_that_of_its_colour(glyphs):
+    ground = glyphs.factors(slice(300))["ground"]
+    clear = (ground.abs() > 0.05).all(1)  # between two octants the border's noise may decide
+    expected = (ground > 0).int() @ torch.tensor([4, 2, 1], dtype=torch.int32)
+    assert clear.sum() > 200 and torch.equal(ground_octant(glyphs[:300])[clear], expected[clear].long())

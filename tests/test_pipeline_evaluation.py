@@ -13,7 +13,6 @@ from advkd import figures
 from advkd.data import from_uint8, load_images, make_latent, seeded_noise, to_uint8
 from advkd.evaluation import (
     Metric,
-    class_shares,
     density_coverage,
     milliseconds,
     near_copies,
@@ -179,7 +178,7 @@ def test_the_metric_is_named_for_what_it_is(metric, tmp_path, digits):
     with pytest.raises(UserError, match="is no Inception weights file; give one, or 'download'"):
         Metric(inception=tmp_path / "weights.pth")
     with pytest.raises(UserError, match="holds no feature extractor"):
-        Metric(folder=tmp_path)
+        Metric("mnist")
 
 
 def test_inception_weights_are_part_of_the_protocol(tmp_path):
@@ -306,16 +305,13 @@ def test_density_and_coverage_of_real_against_real_are_about_one():
     assert density == pytest.approx(1, abs=0.1) and coverage == pytest.approx(1 - 0.5**5, abs=0.03)
 
 
-def test_class_shares_count_verdicts():
-    logits = torch.eye(3)[[0, 0, 2, 0]]
-    assert class_shares(logits).tolist() == [0.75, 0, 0.25]
-
-
 def test_the_random_feature_space_is_fixed_and_measures(digits):
     train, heldout = digits
-    first, second = random_extractor(16, 1), random_extractor(16, 1)
+    first, second = random_extractor(train), random_extractor(train)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
-    metric = Metric(extractor=first, data="unseen")
+    normalised = first.features[1](first.features[0](train)).detach()
+    assert normalised.mean().abs() < 1e-3 and normalised.std() == pytest.approx(1, abs=1e-2)
+    metric = Metric("unseen", extractor=first)
     assert metric.label == "FD-unseen"
     near, far = (metric.compare(x, heldout)["fd"] for x in (train, train.flip(2)))
     assert 0 < near < far

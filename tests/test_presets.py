@@ -12,7 +12,7 @@ from advkd.presets import Preset, UserError, asdict, config_hash, load_preset, r
 
 
 def test_unknown_preset_lists_the_presets():
-    with pytest.raises(UserError, match="no preset 'mnist'; presets: digits, celebahq"):
+    with pytest.raises(UserError, match="no preset 'mnist'; presets: digits, glyphs, celebahq"):
         load_preset("mnist")
 
 
@@ -34,9 +34,11 @@ def test_unknown_field_lists_the_fields(change):
     [
         ("image_size_px", 24, "image_size_px is 24, but must be a power of two, 8 or more"),
         ("image_size_px", 4, "image_size_px is 4, but must be a power of two, 8 or more"),
-        ("submodules", 0, "submodules is 0, but 16 px needs one for each doubling from 8 px: 2"),
-        ("submodules", 1, "submodules is 1, but 16 px needs one for each doubling from 8 px: 2"),
-        ("widths", (8,), "widths has 1 entries .* 16 px has 2 resolutions"),
+        ("submodules", 0, "submodules is 0, but must be 1 or more"),
+        ("submodules", 1, "widths has 2 entries .* the submodules' images have .16. px"),
+        ("unsupervised", (0, 11), "unsupervised names submodule 11, but there are 0 to 10"),
+        ("adversarial_weight", -1.0, "adversarial_weight is -1.0, but must not be negative"),
+        ("widths", (8,), "widths has 1 entries .* images have .8, 16. px"),
         ("sampler_steps", 30, "sampler_steps is 30, but must divide 1000"),
         ("sampler", "euler", "sampler is 'euler', but must be one of 'ddpm', 'ddim'"),
         ("block", "dense", "block is 'dense', but must be one of 'plain', 'residual'"),

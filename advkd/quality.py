@@ -1,0 +1,194 @@
+"""How good is a model: every question under one protocol, over seeds that nothing was chosen by."""
+
+import statistics
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from advkd.data import FACTORS, from_uint8, load_images, to_uint8
+from advkd.evaluation import (
+    Metric,
+    density_coverage,
+    near_copies,
+    protocol,
+    pull_to_train,
+    sample_student,
+    student_latency_ms,
+    student_row,
+    teacher_latency_ms,
+    teacher_row,
+)
+from advkd.extractor import load_extractor, random_extractor
+from advkd.glyphs import ground_octant
+from advkd.presets import ASSETS, Preset, UserError, load_preset
+from advkd.run import load_run, read_run, train_side_by_side
+from advkd.teacher import Teacher, load_teacher
+from advkd.trajectories import generate_trajectories, trajectory_dir
+
+TRAINING_SEEDS = (3, 4, 5)  # recipes were chosen by runs with the seeds 0, 1 and 2
+SAMPLING_SEEDS = (11, 12, 13)  # ... and by samples of the seeds 1 and 2
+IMAGES = 3500  # of each model and sampling seed: Frechet distances are comparable at one size alone
+SAMPLERS = (*(("ddim", steps) for steps in (1, 2, 5, 10, 25, 50)), ("ddpm", 100), ("ddpm", 1000))
+SHOWN = {
+    "model": "model",
+    "recipe": "recipe",
+    "sampler": "sampler",
+    "steps": "steps",
+    "seeds": "seeds",
+    "fd_train": "FD, train",
+    "fd_train_sd": "±",
+    "fd_heldout": "FD, held out",
+    "fd_heldout_sd": "±",
+    "fd_unseen": "unseen space, train",
+    "fd_unseen_heldout": "unseen space, held out",
+    "kid_train": "KID",
+    "precision": "precision",
+    "recall": "recall",
+    "recall_sd": "±",
+    "density": "density",
+    "coverage": "coverage",
+    "pull_to_train": "nearer to train",
+    "near_copies": "near-copies",
+}
+REFERENCES = 10_000  # real images of a split, where there are as many
+NEIGHBOURS_ASKED = 2000  # images whose nearest real image is looked for, pixel by pixel
+
+
+class Judge:
+    """Asks how good samples are, on both splits of a preset's real images.
+
+    Beside the feature space that recipes were chosen in there is one that was never looked at: a random network.
+    """
+
+    def __init__(self, preset: Preset):
+        self.data = preset.data
+        if self.data not in FACTORS:
+            raise UserError(f"preset {preset.name!r} has no embedded images to compare with; presets: digits, glyphs")
+        self.train, self.heldout = (load_images(preset, split)[0][:REFERENCES] for split in ("train", "heldout"))
+        self.metric = Metric(preset.data)
+        self.unseen = Metric("random", extractor=random_extractor(self.train))
+        self.classifier = load_extractor(ASSETS / f"{preset.data}-extractor")
+        self.features = self._features(self.train)
+        self.shares = self._shares(self.train)
+
+    def measure(self, samples: Tensor) -> dict[str, float | list[float]]:
+        """The fields of a quality row for images `(n, c, h, w)` in [-1, 1]."""
+        values = self.metric.evaluate(samples, self.train, self.heldout)
+        values["fd_unseen"], values["fd_unseen_heldout"] = (
+            self.unseen.compare(samples, reference)["fd"] for reference in (self.train, self.heldout)
+        )
+        values["density"], values["coverage"] = density_coverage(self._features(samples), self.features)
+        asked = samples[:NEIGHBOURS_ASKED], self.train, self.heldout
+        values["pull_to_train"], values["near_copies"] = pull_to_train(*asked), near_copies(*asked)
+        for factor, shares in self._shares(samples).items():
+            values[f"shares_{factor}"] = shares.tolist()
+            values[f"rarest_{factor}"] = (shares / self.shares[factor]).min().item()
+        return values
+
+    @torch.inference_mode()
+    def _features(self, images: Tensor) -> Tensor:
+        return torch.cat([self.classifier.features(x) for x in from_uint8(to_uint8(images)).split(500)])
+
+    @torch.inference_mode()
+    def _shares(self, images: Tensor) -> dict[str, Tensor]:
+        """How often each value of each factor appears, by the classifier's verdict; the colour of the ground by eye."""
+        sizes, verdicts = FACTORS[self.data], self.classifier.verdicts(from_uint8(to_uint8(images)))
+        found = zip(sizes, verdicts, strict=True)
+        shares = {factor: torch.bincount(values, minlength=sizes[factor]) / len(images) for factor, values in found}
+        if self.data == "glyphs":
+            shares["ground"] = torch.bincount(ground_octant(images), minlength=8) / len(images)
+        return shares
+
+
+def summarise(measured: list[dict]) -> dict:
+    """Mean and, as `<field>_sd`, standard deviation of every field; of lists the mean alone."""
+    row = {}
+    for field, first in measured[0].items():
+        values = [m[field] for m in measured]
+        if isinstance(first, list):
+            row[field] = [statistics.mean(each) for each in zip(*values, strict=True)]
+            continue
+        row[field] = statistics.mean(values)
+        row[f"{field}_sd"] = statistics.stdev(values) if len(values) > 1 else None
+    return row
+
+
+def teacher_images(teacher: Teacher, preset: Preset, sampler: str, steps: int, seed: int, count: int) -> Tensor:
+    """The teacher's images `(count, c, h, w)` in [-1, 1], kept below `runs/` and resumable as trajectories are."""
+    p = preset.replace(
+        submodules=1,  # the final image alone
+        widths=preset.widths[-1:],
+        sampler=sampler,
+        sampler_steps=steps,
+        trajectory_seed=seed,
+        trajectories=count,
+    )
+    return generate_trajectories(teacher, p, trajectory_dir(teacher, p)).targets(0, "x0")
+
+
+def teacher_quality(judge: Judge, preset: Preset, sampler: str, steps: int, count: int = IMAGES) -> dict:
+    """The quality row of the preset's teacher with a sampler, over the sampling seeds."""
+    teacher = load_teacher(preset)
+    images = (teacher_images(teacher, preset, sampler, steps, seed, count) for seed in SAMPLING_SEEDS)
+    measured = [judge.measure(x) for x in images]
+    row = teacher_row(teacher, sampler, steps) | {"seeds": 0, "images": count}
+    return row | summarise(measured) | {"ms_per_image": teacher_latency_ms(teacher, 1) * steps}
+
+
+def student_quality(judge: Judge, presets: Iterable[Preset], workers: int = 1, count: int = IMAGES) -> dict:
+    """The quality row of a recipe, over training seeds (the presets) and sampling seeds; trains what is missing."""
+    measured, seconds = [], []
+    presets = sorted(presets, key=lambda p: p.seed)
+    folders = {preset: (folder, error) for preset, folder, error in train_side_by_side(presets, workers)}
+    for preset in presets:
+        folder, error = folders[preset]
+        if error:
+            raise UserError(f"training {folder} failed: {error}")
+        pipeline = load_run(folder)
+        measured += [judge.measure(sample_student(pipeline, count, seed)) for seed in SAMPLING_SEEDS]
+        seconds.append(read_run(folder)["seconds"])
+    row = student_row(pipeline, preset.recipe)
+    row |= {"seeds": len(seconds), "images": count, "train_seconds": statistics.mean(seconds)}
+    return row | summarise(measured) | {"ms_per_image": student_latency_ms(pipeline)}
+
+
+def floor_rows(judge: Judge) -> list[dict]:
+    """Real images in the place of samples: held-out ones, of the same number as samples where there are as many."""
+    images = judge.heldout[:IMAGES]
+    names = "fd", "kid", "precision", "recall"
+    values = judge.metric.compare(images, judge.train)
+    unseen = judge.unseen.compare(images, judge.train)["fd"]
+    density, coverage = density_coverage(judge._features(images), judge.features)
+    row = dict(zip(("fd_train", "kid_train", "precision", "recall"), (values[n] for n in names), strict=True))
+    return [
+        {"model": "real", "recipe": None, "sampler": "held-out images", "images": len(images)}
+        | row
+        | {"fd_unseen": unseen, "density": density, "coverage": coverage}
+    ]
+
+
+def quality_protocol(judge: Judge, count: int = IMAGES) -> dict:
+    """What the numbers of the quality table depend on."""
+    details = protocol(judge.metric, count, list(SAMPLING_SEEDS), judge.train, judge.heldout)
+    return details | {
+        "training_seeds": list(TRAINING_SEEDS),
+        "weights": "the last (averaged) ones of a fixed budget, never the best by a metric",
+        "mean_and_sd": "over training seeds times sampling seeds",
+        "unseen": f"random network, {judge.unseen.extractor}",
+        "pull_to_train": "pixel L2 of the first 2000; as many training as held-out images; 0.5 is neutral",
+        "near_copies": "share nearer to a training image than 1 % of the held-out images are (pixel L2)",
+        "rarest": "smallest share of a class, over its share among real images, by the same classifier",
+    }
+
+
+def quality(
+    name: str, workers: int = 1, paper_epochs: float = 1.0, samplers: Iterable[tuple[str, int]] = SAMPLERS
+) -> tuple[list[dict], dict]:
+    """The rows of `figures/<name>/quality.json` and their protocol; the teacher with each of `samplers` (name, steps)."""
+    judge = Judge(load_preset(name))
+    recipes = load_preset(name), load_preset(name, "paper", epochs=paper_epochs)
+    rows = [student_quality(judge, [p.replace(seed=seed) for seed in TRAINING_SEEDS], workers) for p in recipes]
+    rows += [teacher_quality(judge, recipes[0], sampler, steps) for sampler, steps in samplers]
+    details = quality_protocol(judge) | {"paper_epochs": f"{paper_epochs} of the paper's 10"}
+    return rows + floor_rows(judge), details
