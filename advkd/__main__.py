@@ -60,7 +60,7 @@ def teacher(name: str, out: Path, steps: int, seed: int, resume: bool):
     """Train a small diffusion teacher on the preset's train split and save it in diffusers format."""
     from tqdm import tqdm
 
-    from advkd.data import load_images
+    from advkd.data import load_images, reference_images
     from advkd.files import read_records, write_csv
     from advkd.teacher import TeacherRecord, new_teacher, save_teacher, train_teacher
 
@@ -70,7 +70,7 @@ def teacher(name: str, out: Path, steps: int, seed: int, resume: bool):
     if checkpoint.exists() and not resume:
         raise UserError(f"{out} holds an interrupted run; go on with --resume, or remove it")
     unet, scheduler = new_teacher(preset, seed)
-    train, heldout = load_images(preset, "train")[0], load_images(preset, "heldout")[0][:600]
+    train, heldout = load_images(preset, "train")[0], reference_images(preset, "heldout", 600)[0]
     records = train_teacher(
         unet, scheduler, train, heldout, steps=steps, seed=seed, checkpoint=checkpoint, resume=resume
     )
@@ -102,13 +102,13 @@ def extractor(name: str, out: Path, steps: int, learning_rate: float, seed: int)
     import torch
     from tqdm import tqdm
 
-    from advkd.data import FACTORS, load_images
+    from advkd.data import FACTORS, load_images, reference_images
     from advkd.extractor import Extractor, accuracy, train_extractor
 
     if (out / "config.json").exists():
         raise UserError(f"{out} holds a finished extractor; choose another folder or remove it")
     preset = load_preset(name)
-    train, heldout = load_images(preset, "train"), load_images(preset, "heldout")
+    train, heldout = load_images(preset, "train"), reference_images(preset, "heldout")
     torch.manual_seed(seed)
     sizes = tuple(FACTORS[preset.data].values())
     model = Extractor(preset.image_size_px, preset.channels, sizes if len(sizes) > 1 else sizes[0])
@@ -117,8 +117,7 @@ def extractor(name: str, out: Path, steps: int, learning_rate: float, seed: int)
     ):
         pass
     model.save_pretrained(out)
-    right = accuracy(model, *(part[:5000] for part in heldout))
-    click.echo(f"extractor: {out}, accuracy on held-out images {right:.4f}")
+    click.echo(f"extractor: {out}, accuracy on held-out images {accuracy(model, *heldout):.4f}")
 
 
 @cli.command()
@@ -215,7 +214,7 @@ def sample(student: Path, count: int, seed: int, out: Path):
 @click.option("--few", is_flag=True, help="Allow fewer images than features.")
 def evaluate(student: Path, name: str, count: int, seed: int, out: Path, inception: str | None, few: bool):
     """Compare a student's images with the real ones; writes a row with its protocol."""
-    from advkd.data import load_images
+    from advkd.data import reference_images
     from advkd.evaluation import Metric, protocol, sample_student, student_latency_ms, student_row
     from advkd.files import write_json
     from advkd.run import load_run, read_run
@@ -228,7 +227,7 @@ def evaluate(student: Path, name: str, count: int, seed: int, out: Path, incepti
             f"{student} makes {shape[0]} channels at {shape[1]} px, "
             f"but preset {name!r} has {preset.channels} at {preset.image_size_px}"
         )
-    train_images, heldout = load_images(preset, "train")[0], load_images(preset, "heldout")[0]
+    train_images, heldout = reference_images(preset, "train")[0], reference_images(preset, "heldout")[0]
     images, made = sample_student(pipeline, count, seed), read_run(student)
     row = student_row(pipeline, made and made["preset"]["recipe"])
     row |= metric.evaluate(images, train_images, heldout, few) | {"ms_per_image": student_latency_ms(pipeline)}

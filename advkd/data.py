@@ -45,6 +45,12 @@ def load_images(preset: Preset, split: str) -> tuple[Tensor | Glyphs, Tensor | C
     return images[chosen], torch.from_numpy(digits.target)[chosen]
 
 
+def reference_images(preset: Preset, split: str, count: int = 10_000) -> tuple[Tensor, Tensor]:
+    """The first `count` real images of a split (all, where it has fewer) and their labels: what samples are compared with."""
+    images, labels = load_images(preset, split)
+    return images[:count], labels[:count]
+
+
 def sample_generators(indices: Sequence[int], seed: int) -> list[torch.Generator]:
     """One random generator per sample index, so that a sample depends neither on its batch nor on the process."""
     return [torch.Generator().manual_seed((seed * _SEED_STRIDE + int(i)) % 2**32) for i in indices]

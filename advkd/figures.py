@@ -149,3 +149,68 @@ def dots(rows: list[dict], field: str, label: str, floor: tuple[float, float]) -
     ax.grid(axis="y", visible=False)
     figure.tight_layout()
     return figure
+
+
+def plot_settings(rows: list[dict], groups: Sequence[str], field: str, label: str, lines: dict[str, float]) -> Figure:
+    """A panel for each group of ablation rows: every seed's `field` as a dot, mean and standard deviation of a setting.
+
+    `lines` (name: value) are drawn through all panels. Rows of failed trainings show as a cross at the right edge.
+    """
+    columns = min(3, len(groups))
+    counts = [len({row["setting"] for row in rows if row["group"] == group}) for group in groups]
+    heights = [max(counts[i : i + columns]) + 1.6 for i in range(0, len(groups), columns)]
+    figure, axes = plt.subplots(
+        len(heights),
+        columns,
+        figsize=(4.6 * columns if columns > 1 else 7.5, 0.27 * sum(heights) + 0.4),
+        height_ratios=heights,
+        squeeze=False,
+        sharex=True,
+    )
+    for ax, group in zip(axes.flat, groups, strict=False):
+        frame = pd.DataFrame([row for row in rows if row["group"] == group])
+        style = {"data": frame, "x": field, "y": "setting", "orient": "h", "ax": ax}
+        sns.stripplot(**style, color=IMPROVED_RECIPE, size=4, alpha=0.35, jitter=False)
+        sns.pointplot(
+            **style, color=IMPROVED_RECIPE, errorbar="sd", linestyle="none", markersize=5, err_kws={"lw": 1.5}
+        )
+        if "error" in frame:
+            failed = frame[frame["error"].notna()].setting
+            ax.plot([0.98] * len(failed), failed, "x", color=PAPER_RECIPE, transform=ax.get_yaxis_transform())
+        for (name, value), dashes in zip(lines.items(), (":", "--", "-."), strict=False):
+            ax.axvline(value, color=INK, ls=dashes, lw=1, zorder=0, label=name)
+        ax.set(xscale="log", ylabel="", xlabel=label, title=group)
+    for ax in axes.flat[len(groups) :]:
+        ax.set_axis_off()
+    axes.flat[0].legend(
+        fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.02 if len(groups) > 1 else -0.12), frameon=False
+    )
+    figure.tight_layout()
+    return figure
+
+
+def plot_against(rows: list[dict], x: str, y: str, labels: tuple[str, str], log: bool = True) -> Axes:
+    """Rows as points in the plane of two fields, coloured by `recipe`, named by `name` where they have one."""
+    _, ax = plt.subplots(figsize=(6.4, 4.2))
+    for row in rows:
+        colour, bars = (
+            COLOURS[row["recipe"] or "teacher"],
+            {axis: row.get(f"{f}_sd") for axis, f in (("x", x), ("y", y))},
+        )
+        ax.errorbar(
+            row[x],
+            row[y],
+            xerr=bars["x"],
+            yerr=bars["y"],
+            fmt=row.get("marker", "o"),
+            color=colour,
+            ms=6,
+            lw=1,
+            capsize=2,
+        )
+        if row.get("name"):
+            ax.annotate(row["name"], (row[x], row[y]), (5, 4), textcoords="offset points", fontsize=7.5)
+    ax.set(xlabel=labels[0], ylabel=labels[1])
+    if log:
+        ax.set(xscale="log", yscale="log")
+    return ax

@@ -12,8 +12,16 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
 
 
-def generator_loss(fake_logits: Tensor) -> Tensor:
-    """Non-saturating loss of the student, E softplus(-D(fake)), of logits `(b,)`."""
+def generator_loss(fake_logits: Tensor, how: str = "non-saturating") -> Tensor:
+    """Adversarial loss of the student, of logits `(b,)`.
+
+    "non-saturating": E softplus(-D(fake)) (Goodfellow et al. 2014, section 3).
+    "forward-kl": -E w D(fake) / 2 with the constant weights w = exp(D) / mean exp(D). For the best critic exp(D) is the
+    ratio of the densities, real to fake, and -E exp(D) grad D the gradient of KL(real || fake) (Nowozin et al. 2016, table 6),
+    which punishes images that the student leaves out. Both have the gradient -1/2 where the critic is undecided.
+    """
+    if how == "forward-kl":
+        return -(fake_logits.detach().softmax(0) * fake_logits).sum() / 2
     return F.softplus(-fake_logits).mean()
 
 

@@ -47,6 +47,7 @@ class Preset:
     # critic
     critic: Literal["conditional", "unconditional"]
     critic_width: int
+    critic_noise: float  # standard deviation of the noise that is added to all images that the critic sees
     penalty: Literal["gp+clip", "r1"]
     penalty_weight: float
     penalty_every: int  # lazy regularisation: steps between two penalties
@@ -58,7 +59,8 @@ class Preset:
     steps: int  # joint: optimizer steps
     batch_sizes: tuple[int, ...]  # one for every stage, or one for all
     fresh_share: float  # share of each batch that are fresh latents without a trajectory
-    adversarial_weight: float  # weight of the student's adversarial loss
+    adversarial: Literal["non-saturating", "forward-kl"]  # the student's adversarial loss
+    adversarial_weight: float
     reconstruction_weight: float  # weight of the L1 loss of every head
     unsupervised: tuple[int, ...]  # submodules whose heads have no L1 loss
     learning_rate: float
@@ -175,7 +177,14 @@ def check(p: Preset) -> None:
         raise UserError(
             "adversarial_weight and reconstruction_weight are both 0: the student has nothing to learn from"
         )
-    for field in ("penalty_weight", "adversarial_weight", "reconstruction_weight", "trajectory_seed", "seed"):
+    for field in (
+        "critic_noise",
+        "penalty_weight",
+        "adversarial_weight",
+        "reconstruction_weight",
+        "trajectory_seed",
+        "seed",
+    ):
         if getattr(p, field) < 0:
             raise UserError(f"{field} is {getattr(p, field)}, but must not be negative")
     for field in (
@@ -240,6 +249,7 @@ _RECIPES = {
         target="xt",
         critic="conditional",
         critic_width=32,
+        critic_noise=0.0,
         penalty="gp+clip",
         penalty_weight=10.0,
         penalty_every=1,
@@ -249,6 +259,7 @@ _RECIPES = {
         steps=1,  # staged training counts epochs
         batch_sizes=(64, 64, 64, 64, 64, 64, 64, 64, 32, 16, 16),
         fresh_share=0.0,
+        adversarial="non-saturating",
         adversarial_weight=1.0,
         reconstruction_weight=0.0,
         unsupervised=(),
@@ -266,6 +277,7 @@ _RECIPES = {
         target="x0",
         critic="unconditional",
         critic_width=32,
+        critic_noise=0.15,
         penalty="r1",
         penalty_weight=0.1,
         penalty_every=8,
@@ -275,6 +287,7 @@ _RECIPES = {
         steps=3500,
         batch_sizes=(64,),
         fresh_share=0.75,
+        adversarial="forward-kl",
         adversarial_weight=1.0,
         reconstruction_weight=0.1,
         unsupervised=(),

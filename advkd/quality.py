@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from advkd.data import FACTORS, from_uint8, load_images, to_uint8
+from advkd.data import FACTORS, from_uint8, reference_images, to_uint8
 from advkd.evaluation import (
     Metric,
     density_coverage,
@@ -51,7 +51,6 @@ SHOWN = {
     "pull_to_train": "nearer to train",
     "near_copies": "near-copies",
 }
-REFERENCES = 10_000  # real images of a split, where there are as many
 NEIGHBOURS_ASKED = 2000  # images whose nearest real image is looked for, pixel by pixel
 
 
@@ -65,7 +64,7 @@ class Judge:
         self.data = preset.data
         if self.data not in FACTORS:
             raise UserError(f"preset {preset.name!r} has no embedded images to compare with; presets: digits, glyphs")
-        self.train, self.heldout = (load_images(preset, split)[0][:REFERENCES] for split in ("train", "heldout"))
+        self.train, self.heldout = (reference_images(preset, split)[0] for split in ("train", "heldout"))
         self.metric = Metric(preset.data)
         self.unseen = Metric("random", extractor=random_extractor(self.train))
         self.classifier = load_extractor(ASSETS / f"{preset.data}-extractor")

@@ -169,11 +169,7 @@ class _Loop:
             submodule.requires_grad_(i <= k)
         self.modules["critic"] = critic
         trainable = [q for q in self.student.parameters() if q.requires_grad]
-        adam = {
-            "lr": p.learning_rate,
-            "betas": p.betas,
-            "fused": True,
-        }  # one pass over the weights: a tenth of a step here
+        adam = {"lr": p.learning_rate, "betas": p.betas, "fused": True}  # fused: a tenth of a step here
         self.optimizers = {
             "student_optimizer": torch.optim.Adam(trainable, **adam),
             "critic_optimizer": torch.optim.Adam(critic.parameters(), **adam),
@@ -202,8 +198,9 @@ class _Loop:
             )
         fake = images[-1].float()
         real = self._real(targets[k], len(fake), k, generator)
-        critic_loss, penalty, critic_gradient = self._train_critic(real, fake.detach(), latents, generator, step)
-        student_loss, l1, student_gradient = self._train_student(images, fake, latents, targets)
+        real, shown = self._veil(real, generator), self._veil(fake.detach(), generator)
+        critic_loss, penalty, critic_gradient = self._train_critic(real, shown, latents, generator, step)
+        student_loss, l1, student_gradient = self._train_student(images, self._veil(fake, generator), latents, targets)
         if not torch.isfinite(critic_loss + student_loss + critic_gradient + student_gradient):
             raise UserError(
                 f"a loss or gradient is not finite at step {step + 1} (stage {k}); the last checkpoint is kept"
@@ -222,6 +219,12 @@ class _Loop:
             chosen = torch.randint(len(self.images), (from_data,), generator=generator)
             parts.append(self.images[chosen].to(self.device))
         return torch.cat(parts).contiguous(memory_format=torch.channels_last)
+
+    def _veil(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """What the critic sees of images: with noise, which hides single training images from it but no distribution."""
+        if not self.preset.critic_noise:
+            return images
+        return images + self.preset.critic_noise * self._randn(generator, *images.shape)
 
     def _train_critic(self, real, fake, latents, generator, step):
         """Logistic loss and the recipe's penalty; with "gp+clip" every weight is clamped to [-0.1, 0.1] afterwards."""
@@ -255,7 +258,7 @@ class _Loop:
         critic = self.modules["critic"].requires_grad_(False)
         with self._autocast():
             logits = critic(fake, latents)
-        adversarial = losses.generator_loss(logits.float())
+        adversarial = losses.generator_loss(logits.float(), p.adversarial)
         l1 = torch.zeros((), device=self.device)
         if p.reconstruction_weight:
             supervised = [i for i in targets if i not in p.unsupervised]

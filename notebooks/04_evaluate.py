@@ -37,9 +37,9 @@ import statistics
 import matplotlib.pyplot as plt
 import torch
 
-from advkd.data import batch_generator, load_images, make_latent, seeded_noise
+from advkd.data import batch_generator, load_images, make_latent, reference_images, seeded_noise
 from advkd.figures import dots, markdown, save_figure, save_table, show_images, start_notebook
-from advkd.presets import load_preset
+from advkd.presets import ASSETS, load_preset
 from advkd.run import finish, load_run, read_run, run_dir, train_run
 from advkd.teacher import load_teacher
 from advkd.train_advkd import Plan
@@ -57,13 +57,13 @@ recipes = {"paper": load_preset(preset, "paper", seed=seed, epochs=paper_epochs)
 # %%
 model = load_teacher(improved, teacher or None)
 stores = {name: generate_trajectories(model, p, trajectory_dir(model, p)) for name, p in recipes.items()}
-train, labels = load_images(improved, "train")
-heldout = load_images(improved, "heldout")[0]
+train, heldout = (reference_images(improved, split)[0] for split in ("train", "heldout"))
 
 # %%
 students = {}
 for name, p in recipes.items():
-    _ = finish(train_run(p, stores[name], run_dir(p, stores[name]), images=train))
+    images = load_images(p, "train")[0]
+    _ = finish(train_run(p, stores[name], run_dir(p, stores[name]), images=images))
     students[name] = load_run(run_dir(p, stores[name]))
 
 # %% [markdown]
@@ -93,7 +93,7 @@ walks = {name: stores[name].targets(p.submodules - 1, "x0") for name, p in recip
 # Precision is the share of samples that lie among real images, recall the share of real images that lie among samples.
 
 # %%
-metric, rows, step_ms = Metric(inception=inception or None), [], teacher_latency_ms(model, 1)
+metric, rows, step_ms = Metric(improved.data, inception=inception or None), [], teacher_latency_ms(model, 1)
 few = bool(inception)  # 1197 real digits are fewer than Inception's 2048 features: a singular covariance
 for name, p in recipes.items():  # the paper's recipe learns from ancestral DDPM, ours from DDIM
     timing = {"ms_per_image": step_ms * p.sampler_steps, "images": len(walks[name])}
@@ -243,10 +243,15 @@ _ = save_figure(figure, f"figures/{preset}", "distances")
 # %%
 noise = seeded_noise(range(1000), improved.image_shape, seed=0)
 twins = students["improved"](noise=noise, output_type="pt").images
-classes = [load_extractor().verdicts(x)[0] for x in (walks["improved"][:1000], twins)]
+extractor = load_extractor(ASSETS / f"{improved.data}-extractor")
+classes = [extractor.verdicts(x)[0] for x in (walks["improved"][:1000], twins)]
 agree = {"same_noise": (classes[0] == classes[1]).float().mean().item()}
 agree["shuffled"] = (classes[0] == classes[1].roll(1)).float().mean().item()
-asked = {"images": 1000, "noise": "of the training trajectories, seed 0", "classifier": "assets/digits-extractor"}
+asked = {
+    "images": 1000,
+    "noise": "of the training trajectories, seed 0",
+    "classifier": f"assets/{improved.data}-extractor",
+}
 _ = save_table([agree], asked, f"figures/{preset}", "same_digit")
 
 # %% tags=["nbval-ignore-output"]

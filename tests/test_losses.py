@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,17 @@ def test_discriminator_loss_by_hand():
     assert float(losses.discriminator_loss(torch.tensor(REAL), torch.tensor(FAKE))) == pytest.approx(expected, rel=1e-6)
     zero = losses.discriminator_loss(torch.zeros(2), torch.zeros(5))
     assert float(zero) == pytest.approx(2 * math.log(2))
+
+
+def test_the_forward_kl_weighs_by_the_ratio_of_densities():
+    logits = torch.tensor(FAKE, requires_grad=True)
+    losses.generator_loss(logits, "forward-kl").backward()
+    weights = np.exp(FAKE) / np.exp(FAKE).sum()
+    np.testing.assert_allclose(logits.grad, -weights / 2, rtol=1e-6)
+    undecided = [torch.zeros(4, requires_grad=True) for _ in range(2)]
+    for x, how in zip(undecided, ("forward-kl", "non-saturating"), strict=True):
+        losses.generator_loss(x, how).backward()
+    assert torch.equal(undecided[0].grad, undecided[1].grad)
 
 
 def test_generator_loss_by_hand():

@@ -1,9 +1,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from advkd.discriminator import Discriminator, UnconditionalDiscriminator, make_discriminator
-from advkd.presets import UserError, load_preset
+from advkd.presets import UserError, load_preset, resolution
 from advkd.student import Student, count_parameters
 
 # Adv-KD's student at 256 px, submodule by submodule: (resolution, layers, parameters, parameters of its terminal).
@@ -193,6 +194,27 @@ def test_forward_and_images_agree_and_fit_the_resolutions():
 def test_images_stay_in_range(block, head):
     student = Student(**TINY, block=block, head=head)
     assert all(image.abs().max() <= 1 for image in student.images(100 * torch.randn(4, 1, 4, 4)))
+
+
+@pytest.mark.parametrize("block", ["plain", "residual"])
+@pytest.mark.parametrize(("submodules", "widths"), [(5, (4, 6, 8)), (3, (4, 6, 8)), (2, (4, 6)), (1, (4,))])
+def test_the_full_noise_enters_where_the_image_grows(block, submodules, widths):
+    torch.manual_seed(0)
+    student = Student(32, 3, submodules, widths, block, "light", latent="full").eval()
+    assert student.latent_shape == (3, 32, 32)
+    noise = torch.randn(2, 3, 32, 32)
+    images = student.images(noise)
+    assert [image.shape[-1] for image in images] == [resolution(k, submodules, 32) for k in range(submodules)]
+    for k, image in enumerate(images):
+        assert torch.equal(student(noise, k), image)
+        # noise that vanishes in the block means at this image's size does not reach it
+        finer = (
+            noise
+            + (hidden := torch.randn(2, 3, 32, 32))
+            - F.interpolate(F.avg_pool2d(hidden, 32 // image.shape[-1]), scale_factor=32 // image.shape[-1])
+        )
+        torch.testing.assert_close(student(finer, k), image, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(student(torch.randn(2, 3, 32, 32)), images[-1], atol=1e-3)
 
 
 def test_residual_block_adds_its_input():

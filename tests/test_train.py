@@ -1,5 +1,6 @@
 import csv
 import inspect
+import json
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from advkd import losses, run, train_advkd
-from advkd.data import load_images
+from advkd.data import load_images, make_latent, seeded_noise
 from advkd.discriminator import make_discriminator
 from advkd.files import read_checkpoint_state
 from advkd.presets import ASSETS, UserError, load_preset
@@ -69,7 +70,10 @@ def contents(folder):
     """Every file that a run leaves but the TensorBoard events, by its values."""
     files = [file for file in Path(folder).rglob("*") if file.is_file() and "logs" not in file.parts]
     read = {".safetensors": lambda file: {n: x.numpy().tobytes() for n, x in load_file(file).items()}}
-    return {str(f.relative_to(folder)): read.get(f.suffix, Path.read_bytes)(f) for f in files}
+    values = {str(f.relative_to(folder)): read.get(f.suffix, Path.read_bytes)(f) for f in files}
+    if "run.json" in values:  # all of it but the time that it took
+        values["run.json"] = {key: value for key, value in json.loads(values["run.json"]).items() if key != "seconds"}
+    return values
 
 
 def test_each_stage_trains_its_own_submodules_and_last_terminal(paper, store):
@@ -268,6 +272,54 @@ def test_what_the_critic_is_told_is_real(improved, store, images, real_share, fr
     assert all((targets == x).flatten(1).all(1).any() for x in teachers)
     assert len(photographed) == round(4 * real_share)
     assert all((images == x).flatten(1).all(1).any() for x in photographed)
+
+
+def test_the_critic_sees_all_images_through_noise(improved, store, images):
+    preset = improved.replace(critic_noise=0.5, penalty_every=100)
+    student, critics, records = start(preset, store, images)
+    seen, shown = [], []
+    student.stages[2].terminal.register_forward_hook(lambda *args: shown.append(args[2].detach().float()))
+    first = next(records)  # makes the critic
+    critics[2].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    records = list(records)
+    noise = torch.cat(
+        [x - fake for fake, *views in zip(shown[1:], seen[1::3], seen[2::3], strict=False) for x in views]
+    )
+    assert noise.std() == pytest.approx(0.5, rel=0.05) and noise.mean().abs() < 0.05
+    assert not torch.equal(noise[:4], noise[4:8]), "the student's step draws noise of its own"
+    again = next(start(preset, store, images)[2])
+    assert again == first
+
+
+def test_a_head_without_supervision_adds_nothing(improved, store, images):
+    every, without = (next(start(improved.replace(unsupervised=x), store, images)[2]) for x in ((), (1,)))
+    heads = Student.from_preset(improved.replace(unsupervised=(0, 1, 2)))
+    alone = [next(start(improved.replace(unsupervised=x), store, images)[2]) for x in ((1, 2), (0, 2), (0, 1))]
+    parts = [record.reconstruction_loss for record in alone]
+    assert every.reconstruction_loss == pytest.approx(sum(parts), rel=1e-4)
+    assert without.reconstruction_loss == pytest.approx(parts[0] + parts[2], rel=1e-4)
+    student, _, records = start(improved.replace(unsupervised=(0,)), store, images, student=heads)
+    before = snapshot(student)
+    next(records)
+    assert not [name for name in changed(before, snapshot(student)) if name.startswith("stages.0.terminal")]
+
+
+def test_reconstruction_alone_does_not_ask_the_critic(improved, store, images):
+    record = next(start(improved.replace(adversarial_weight=0.0), store, images)[2])
+    assert record.student_loss == pytest.approx(0.3 * record.reconstruction_loss)
+
+
+def test_the_full_noise_is_that_of_the_trajectories(improved, store, images):
+    preset, latents = improved.replace(latent="full"), []
+    student, _, records = start(preset, store, images)
+    student.register_forward_pre_hook(lambda _, args: latents.append(args[0]))
+    original = student.images
+    student.images = lambda latent, *args, **kwargs: latents.append(latent.clone()) or original(latent, *args, **kwargs)
+    next(records)
+    batch = Plan(preset, len(store)).batch(0)
+    noise = seeded_noise(range(12), (1, 16, 16), preset.trajectory_seed)
+    assert latents[0].shape == (4, 1, 16, 16) and torch.equal(latents[0][:2], noise[batch])
+    torch.testing.assert_close(make_latent(noise), store.latents("block-mean"))
 
 
 def test_stages_of_the_papers_plan():
