@@ -121,6 +121,8 @@ def _settings(name: str) -> Iterator[tuple[str, str, Preset, int]]:
     yield from change("schedule (no fresh latents)", {"joint": {"fresh_share": 0.0}, "staged": staged})
     yield from each("penalty_weight", 0.0, 0.03, 0.1, 0.3, 1.0)
     yield from change("penalty", {"r1": {}, "gp+clip": {"penalty": "gp+clip", "penalty_weight": 10.0}})
+    yield from each("adversarial", "non-saturating", "forward-kl")
+    yield from each("critic_noise", 0.0, 0.15)
     yield from each("ema", 0.0, 0.99, 0.998)
     yield from each("decay_share", 0.0, 0.4)
     yield from each("real_share", 0.0, 0.25, 0.5, 0.75, 1.0)
