@@ -10,7 +10,7 @@ from PIL import Image
 from scipy.linalg import eigvals
 
 from advkd import figures
-from advkd.data import from_uint8, load_images, make_latent, seeded_noise, to_uint8
+from advkd.data import from_uint8, load_images, make_latent, reference_images, seeded_noise, to_uint8
 from advkd.evaluation import (
     Metric,
     density_coverage,
@@ -23,10 +23,11 @@ from advkd.evaluation import (
     student_row,
     teacher_row,
 )
-from advkd.extractor import Extractor, accuracy, load_extractor, random_extractor, register
+from advkd.extractor import Extractor, accuracy, load_extractor, random_extractor, register, train_extractor
 from advkd.files import sha256
+from advkd.glyphs import FONTS
 from advkd.pipeline import StudentPipeline
-from advkd.presets import UserError, load_preset
+from advkd.presets import ASSETS, UserError, load_preset
 from advkd.run import load_run
 from advkd.student import Student, count_parameters
 from advkd.train_advkd import TrainRecord
@@ -225,6 +226,34 @@ def test_the_shipped_extractor_knows_the_held_out_digits():
     extractor = load_extractor()
     assert accuracy(extractor, *load_images(load_preset("digits"), "heldout")) >= 0.98
     assert extractor.features(torch.zeros(2, 1, 16, 16)).shape == (2, 64)
+
+
+def test_the_shipped_classifier_of_the_glyphs_knows_letters_and_mostly_fonts():
+    preset = load_preset("glyphs")
+    images, labels = reference_images(preset, "heldout", 600)
+    extractor = load_extractor(ASSETS / "glyphs-extractor")
+    letters, fonts = extractor.verdicts(images)
+    assert (letters == labels // len(FONTS)).float().mean() > 0.96
+    assert (fonts == labels % len(FONTS)).float().mean() > 0.55
+    both = ((letters == labels // len(FONTS)) & (fonts == labels % len(FONTS))).float().mean().item()
+    assert accuracy(extractor, images, labels) == pytest.approx(both)
+
+
+def test_a_classifier_of_several_factors_learns_each():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(
+        6, (256,), generator=generator
+    )  # 2 x 3: upper half bright or dark, lower half in three greys
+    upper, lower = labels // 3, labels % 3
+    images = torch.cat([(upper * 2 - 1.0)[:, None].expand(-1, 32), (lower - 1.0)[:, None].expand(-1, 32)], 1)
+    images = images.view(-1, 1, 8, 8)
+    torch.manual_seed(0)
+    extractor = Extractor(8, 1, (2, 3))
+    for _ in train_extractor(extractor, images, labels, steps=60):
+        pass
+    assert accuracy(extractor, images, labels) > 0.95
+    found = extractor.verdicts(images)
+    assert [f.shape for f in found] == [(256,), (256,)] and found[1].max() == 2
 
 
 def test_nearest_finds_the_reference_a_sample_came_from(digits):
