@@ -16,6 +16,7 @@ from advkd.data import batch_generator
 from advkd.presets import ASSETS, UserError, load_preset
 from advkd.student import count_parameters
 from advkd.teacher import denoising_loss, load_teacher, new_teacher, save_teacher, train_teacher
+from advkd.trajectories import make_scheduler, sample_teacher
 
 
 def linear_alpha_bar():
@@ -161,6 +162,26 @@ def test_reachable_asks_once_and_quickly(monkeypatch):
     monkeypatch.setattr(module.urllib.request, "urlopen", urlopen)
     assert [module._reachable("https://hub.invalid") for _ in answers] == [True, True, False, False]
     assert seen == [("HEAD", True)] * 4
+
+
+def test_the_shipped_teacher_of_the_glyphs_is_small_and_starts_from_noise_alone():
+    preset = load_preset("glyphs")
+    teacher = load_teacher(preset)
+    files = [f for f in (ASSETS / "glyphs-teacher").rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) <= 6e6 and {f.suffix for f in files} <= {
+        ".json",
+        ".safetensors",
+        ".csv",
+        ".md",
+    }
+    assert type(teacher.unet) is UNet2DModel and teacher.scheduler.config.prediction_type == "v_prediction"
+    assert make_scheduler(teacher, "ddim", 10).alphas_cumprod[-1] < 1e-6  # nothing of the image is left
+    images = sample_teacher(teacher, preset, "ddim", 10, range(16), seed=0)
+    assert images.shape == (16, 3, 32, 32)
+    border = torch.cat([images[:, :, 0], images[:, :, -1]], dim=-1)
+    colours = border.median(dim=-1).values
+    assert colours.std(0).min() > 0.25, "the grounds differ in every channel"
+    assert (border - colours[..., None]).abs().median() < 0.1, "each ground is of one colour"
 
 
 def test_the_shipped_teacher_is_small_and_fits_the_digits():
