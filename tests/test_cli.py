@@ -15,7 +15,7 @@ from advkd.pipeline import StudentPipeline
 from advkd.presets import ASSETS, load_preset
 from advkd.student import Student
 
-COMMANDS = ["evaluate", "extractor", "reproduce", "sample", "teacher", "train", "trajectories"]
+COMMANDS = ["ablate", "evaluate", "extractor", "quality", "reproduce", "sample", "teacher", "train", "trajectories"]
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,12 @@ def test_help_lists_every_option_with_its_meaning(name):
         (["train", "--trajectories", "nowhere", "--out", "x"], "nowhere holds no trajectories"),
         (["sample", "nowhere", "--out", "x.png"], "nowhere holds no student"),
         (["evaluate", "nowhere", "--out", "x.json"], "nowhere holds no student"),
+        (["ablate", "--group", "colour"], "no group 'colour'; groups: 'waterfall', 'submodules'"),
+        (["quality", "--sampler", "ddim-51"], "no sampler 'ddim-51'; samplers: ddim-1, ddim-2"),
+        (
+            ["quality", "--preset", "celebahq"],
+            "'celebahq' has no embedded images to compare with; presets: digits, glyphs",
+        ),
         (["teacher", "--preset", "celebahq", "--out", "x"], "'celebahq' are not embedded"),
         (["extractor", "--preset", "celebahq", "--out", "x"], "'celebahq' are not embedded"),
     ],
