@@ -202,28 +202,21 @@ def check(p: Preset) -> None:
 
 
 # What the experiments are about ...
+_EMBEDDED = dict(teacher_revision=None, trajectory_seed=0, seed=0, teacher_dtype="bfloat16", shard_size=125)
 _DATA = {
     "digits": dict(
         data="digits",
         image_size_px=16,
         channels=1,
         teacher="assets/digits-teacher",  # shipped with the package
-        teacher_revision=None,
-        trajectory_seed=0,
-        seed=0,
-        teacher_dtype="bfloat16",
-        shard_size=125,
+        **_EMBEDDED,
     ),
     "glyphs": dict(
         data="glyphs",
         image_size_px=32,
         channels=3,
         teacher="assets/glyphs-teacher",
-        teacher_revision=None,
-        trajectory_seed=0,
-        seed=0,
-        teacher_dtype="bfloat16",
-        shard_size=125,
+        **_EMBEDDED,
     ),
     # The commit of the hub model could not be verified where this was written, so it is left open, and the
     # fingerprint of the weights that were loaded goes into every store made with them.

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from advkd import ablations
+from advkd import ablations, quality
 from advkd.ablations import SEEDS, WATERFALL, Job, ablate, ablation_protocol, jobs, keep
 from advkd.data import load_images
 from advkd.evaluation import pull_to_train, sample_student
@@ -74,6 +74,30 @@ def test_teacher_rows_average_over_sampling_seeds(judge, improved):
     row = teacher_quality(judge, improved, "ddim", 2, count=70)
     assert (row["model"], row["sampler"], row["steps"], row["seeds"]) == ("teacher", "ddim", 2, 0)
     assert row["fd_train_sd"] > 0 and row["images"] == 70
+
+
+def test_the_table_has_a_row_for_each_recipe_and_sampler_and_for_real_images(improved, paper, monkeypatch):
+    presets = {"improved": improved, "paper": paper}
+    monkeypatch.setattr(
+        quality, "load_preset", lambda name, recipe="improved", **given: presets[recipe].replace(**given)
+    )
+    monkeypatch.setattr(quality, "TRAINING_SEEDS", (3, 4))
+    rows, details = quality.quality("digits", paper_epochs=0.5, samplers=[("ddim", 2)], count=70)
+    assert [(r["model"], r["recipe"], r["sampler"]) for r in rows] == [
+        ("student", "improved", "one-step"),
+        ("student", "paper", "one-step"),
+        ("teacher", None, "ddim"),
+        ("real", None, "held-out images"),
+    ]
+    wanted = (
+        "fd_train fd_heldout fd_unseen fd_unseen_heldout kid_train precision recall coverage pull_to_train near_copies"
+    )
+    for row in rows[:3]:
+        assert all(row[field] is not None and row[f"{field}_sd"] is not None for field in wanted.split())
+        assert row["images"] == 70 and row["ms_per_image"] > 0
+    assert [row["seeds"] for row in rows[:3]] == [2, 2, 0] and details["images"] == 70
+    assert rows[3]["fd_train"] == pytest.approx(1.28, abs=0.01), "the floor that README quotes"
+    json.dumps([rows, details])
 
 
 def test_a_failed_training_is_named(judge, improved):
