@@ -63,13 +63,13 @@ class Job:
 def jobs(name: str, images_seen: int = IMAGES_SEEN, seeds: tuple[int, ...] = SEEDS) -> list[Job]:
     """All rows of the study for the preset `name`; settings of several groups that are one training share it."""
     return [
-        Job(group, setting, _budget(preset, times * images_seen).replace(seed=seed))
+        Job(group, setting, _budget(preset, round(times * images_seen)).replace(seed=seed))
         for group, setting, preset, times in _settings(name)
         for seed in seeds
     ]
 
 
-def _settings(name: str) -> Iterator[tuple[str, str, Preset, int]]:
+def _settings(name: str) -> Iterator[tuple[str, str, Preset, float]]:
     """Group, setting, preset, and how many times the budget."""
     base, paper = load_preset(name), load_preset(name, "paper")
 
@@ -127,8 +127,20 @@ def _settings(name: str) -> Iterator[tuple[str, str, Preset, int]]:
     yield from each("decay_share", 0.0, 0.4)
     yield from each("real_share", 0.0, 0.25, 0.5, 0.75, 1.0)
     yield from each("fresh_share", 0.0, 0.5, 0.75)
+    yield from each("feature_weight", 0.0, 0.1, 0.3)
     yield from each("block", "plain", "residual")
     yield from each("head", "terminal", "light")
+    # What trades distance for recall, with all the recipe's steps.
+    whole = base.steps * base.batch_size(0) / IMAGES_SEEN
+    paired = {"latent": "full", "adversarial": "forward-kl"}
+    for setting, overrides in {
+        "the recipe": {},
+        "full noise": {"latent": "full"},
+        "full noise, forward KL": paired,
+        "full noise, forward KL, features 0.1": paired | {"feature_weight": 0.1, "reconstruction_weight": 0.05},
+        "full noise, features 0.3": {"latent": "full", "feature_weight": 0.3},
+    }.items():
+        yield "trade-off (3.5 times the budget)", setting, base.replace(**overrides), whole
 
 
 def _budget(preset: Preset, images_seen: int) -> Preset:

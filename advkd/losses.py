@@ -1,9 +1,9 @@
 """Losses as pure functions of tensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
@@ -48,6 +48,26 @@ def gradient_penalty(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Ten
 def r1_penalty(critic: Callable[[Tensor], Tensor], real: Tensor) -> Tensor:
     """E ||grad_x D(x)||_2^2 on real images (Mescheder et al. 2018, equation 9, without its factor 1/2)."""
     return input_gradient(critic, real).flatten(1).square().sum(1).mean()
+
+
+def feature_loss(layers: nn.Sequential, images: Tensor, targets: Tensor) -> Tensor:
+    """Feature matching of pairs: the mean absolute difference of images `(b, c, s, s)` to their targets, after every
+    LeakyReLU of the critic's `layers`, relative to the mean absolute feature of the targets; a mean over the layers.
+
+    Perceptual (Johnson et al. 2016, section 3.2) in the features of the critic at hand, as in Larsen et al. 2016, equation 7.
+    """
+    with torch.no_grad():
+        wanted = list(_activations(layers, targets))
+    found = _activations(layers, images)
+    distances = [F.l1_loss(x.float(), y.float()) / y.float().abs().mean() for x, y in zip(found, wanted, strict=True)]
+    return sum(distances) / len(distances)
+
+
+def _activations(layers: nn.Sequential, images: Tensor) -> Iterator[Tensor]:
+    for layer in layers:
+        images = layer(images)
+        if isinstance(layer, nn.LeakyReLU):
+            yield images
 
 
 def reconstruction_loss(images: list[Tensor], targets: list[Tensor]) -> Tensor:

@@ -63,6 +63,7 @@ class Preset:
     adversarial_weight: float
     reconstruction_weight: float  # weight of the L1 loss of every head
     unsupervised: tuple[int, ...]  # submodules whose heads have no L1 loss
+    feature_weight: float  # weight of feature matching between the last image and its target, in the critic's layers
     learning_rate: float
     betas: tuple[float, float]
     decay_share: float  # the learning rate falls linearly to 0 over this last share of the steps
@@ -169,8 +170,9 @@ def check(p: Preset) -> None:
         )
     if p.schedule == "staged" and p.fresh_share:
         raise UserError(f"fresh_share is {p.fresh_share}, but staged training has only paired latents: fresh_share=0")
-    if p.fresh_share == 1 and p.reconstruction_weight:
-        raise UserError("fresh_share is 1, which leaves nothing to reconstruct: reconstruction_weight=0")
+    for field in ("reconstruction_weight", "feature_weight"):
+        if p.fresh_share == 1 and getattr(p, field):
+            raise UserError(f"fresh_share is 1, which leaves no pair to compare: {field}=0")
     if beyond := [i for i in p.unsupervised if i not in range(k)]:
         raise UserError(f"unsupervised names submodule {beyond[0]}, but there are 0 to {k - 1}")
     if not p.adversarial_weight and not p.reconstruction_weight:
@@ -182,6 +184,7 @@ def check(p: Preset) -> None:
         "penalty_weight",
         "adversarial_weight",
         "reconstruction_weight",
+        "feature_weight",
         "trajectory_seed",
         "seed",
     ):
@@ -256,6 +259,7 @@ _RECIPES = {
         adversarial_weight=1.0,
         reconstruction_weight=0.0,
         unsupervised=(),
+        feature_weight=0.0,
         learning_rate=1e-4,
         betas=(0.5, 0.999),
         decay_share=0.0,
@@ -284,6 +288,7 @@ _RECIPES = {
         adversarial_weight=1.0,
         reconstruction_weight=0.1,
         unsupervised=(),
+        feature_weight=0.0,
         learning_rate=1e-3,
         betas=(0.0, 0.99),
         decay_share=0.4,

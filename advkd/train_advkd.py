@@ -20,7 +20,8 @@ class TrainRecord:
     """One step: losses and the L2 norms of the gradients that the two optimizers used.
 
     `critic_loss` and `student_loss` are what is minimised: with the weighted penalty of this step, and with the weighted
-    reconstruction term, whose sum over the heads is `reconstruction_loss` (unweighted). `penalty` is the unweighted gradient penalty of this step (None where lazy regularisation leaves it out).
+    feature and reconstruction terms. Unweighted: `reconstruction_loss`, the sum over the heads, and `penalty`, the gradient
+    penalty of this step (None where lazy regularisation leaves it out).
     """
 
     step: int
@@ -265,6 +266,11 @@ class _Loop:
             shown = [images[i][: len(targets[i])].float() for i in supervised]
             l1 = losses.reconstruction_loss(shown, [targets[i] for i in supervised])
         total = p.adversarial_weight * adversarial + p.reconstruction_weight * l1
+        if p.feature_weight:
+            pair = images[-1][: len(targets[self.stage])].float(), targets[self.stage]
+            pair = (x.contiguous(memory_format=torch.channels_last) for x in pair)
+            with self._autocast():
+                total = total + p.feature_weight * losses.feature_loss(critic.image, *pair)
         optimizer.zero_grad(set_to_none=True)
         total.backward()
         gradient = torch.nn.utils.get_total_norm([q.grad for q in self.student.parameters() if q.grad is not None])

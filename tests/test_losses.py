@@ -52,6 +52,22 @@ def test_input_gradient_of_a_linear_critic_is_its_weight():
     torch.testing.assert_close(gradient, weight.expand(5, 1, 4, 4))
 
 
+def test_feature_loss_by_hand():
+    scale = torch.nn.Conv2d(1, 1, 1, bias=False)
+    scale.weight.data.fill_(2.0)
+    layers = torch.nn.Sequential(scale, torch.nn.LeakyReLU(0.5), torch.nn.Flatten())
+    images = torch.tensor([1.0, -1.0, 3.0]).view(3, 1, 1, 1).requires_grad_()
+    targets = torch.tensor([2.0, -3.0, 3.0]).view(3, 1, 1, 1)  # features 2, -1, 6 against 4, -3, 6
+    loss = losses.feature_loss(layers, images, targets)
+    assert loss.item() == pytest.approx((2 + 2 + 0) / (4 + 3 + 6))
+    twice = losses.feature_loss(
+        torch.nn.Sequential(*layers[:2], *layers), images, targets
+    )  # features 4, -1, 12; 8, -3, 12
+    assert twice.item() == pytest.approx((4 / 13 + (4 + 2 + 0) / (8 + 3 + 12)) / 2)
+    loss.backward()
+    assert images.grad[0] < 0 < images.grad[1] and images.grad[2] == 0
+
+
 def test_penalties_of_a_linear_critic():
     weight = torch.tensor([3.0, 4.0]).view(1, 1, 2).double().requires_grad_()  # norm 5
 

@@ -62,7 +62,8 @@ def test_unknown_field_lists_the_fields(change):
         ("critic_width", 0, "critic_width is 0, but must be positive"),
         ("critic", "conditional", "critic is 'conditional', which needs a trajectory for every image"),
         ("schedule", "staged", "fresh_share is .*, but staged training has only paired latents"),
-        ("fresh_share", 1.0, "fresh_share is 1, which leaves nothing to reconstruct"),
+        ("fresh_share", 1.0, "fresh_share is 1, which leaves no pair to compare: reconstruction_weight=0"),
+        ("feature_weight", -0.1, "feature_weight is -0.1, but must not be negative"),
     ],
 )
 def test_bad_values_are_named(field, value, message):

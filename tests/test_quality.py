@@ -113,7 +113,7 @@ def test_every_setting_has_three_seeds_and_the_same_budget():
         assert {j.preset.seed for j in chosen} == set(SEEDS)
         for job in chosen:
             plan = Plan(job.preset, job.preset.trajectories)
-            times = 10 if "10 times" in job.setting else 1
+            times = 10 if "10 times" in job.setting else 3.5 if "3.5 times" in job.group else 1
             assert plan.images_seen(plan.steps - 1) == pytest.approx(times * ablations.IMAGES_SEEN, rel=0.02)
 
 
@@ -132,6 +132,7 @@ def test_settings_change_what_they_say():
     assert by_name["losses", "adversarial alone"].reconstruction_weight == 0
     assert by_name["losses", "reconstruction alone"].adversarial_weight == 0
     assert by_name["share of the trajectories", "10%"].trajectories == 500
+    assert by_name["trade-off (3.5 times the budget)", "the recipe"] == load_preset("digits")
     assert by_name["submodules", "K = 1"].resolutions == (16,)
     assert by_name["submodules", "K = 3"].resolutions == (8, 8, 16)
     wanted = parameters(load_preset("digits"))

@@ -165,8 +165,10 @@ def test_a_step_of_the_papers_recipe_is_the_published_one(monkeypatch, paper, st
     assert_close(trained, student)
 
 
-def test_a_step_of_the_improved_recipe_by_hand(monkeypatch, improved, store, images):
+@pytest.mark.parametrize("feature_weight", [0.0, 0.2])
+def test_a_step_of_the_improved_recipe_by_hand(monkeypatch, improved, store, images, feature_weight):
     preset = improved.replace(penalty_weight=0.5, penalty_every=2, reconstruction_weight=0.3, ema=0.0)
+    preset = preset.replace(feature_weight=feature_weight)
     penalised, latents = spy(monkeypatch, "r1_penalty"), []
     trained, critics, records = start(preset, store, images)
     trained.stages[0].layers.register_forward_pre_hook(lambda _, args: latents.append(args[0].clone()))
@@ -184,6 +186,12 @@ def test_a_step_of_the_improved_recipe_by_hand(monkeypatch, improved, store, ima
     optimizers[0].step()
     l1 = sum((head[: len(batch)] - target).abs().mean() for head, target in zip(heads, targets, strict=True))
     student_loss = F.softplus(-critic(heads[-1])).mean() + 0.3 * l1
+    shown, wanted, matching = heads[-1][: len(batch)], targets[-1], []
+    for layer in critic.image:
+        shown, wanted = layer(shown), layer(wanted).detach()
+        if isinstance(layer, nn.LeakyReLU):
+            matching.append((shown - wanted).abs().sum() / wanted.abs().sum())
+    student_loss = student_loss + feature_weight * torch.stack(matching).mean()
     student_loss.backward()
     optimizers[1].step()
     assert record.critic_loss == pytest.approx(critic_loss.item(), rel=1e-4)
