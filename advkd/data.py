@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from advkd.glyphs import FONTS, LETTERS, Classes, Glyphs
+from advkd.glyphs import FONTS, LETTERS, UNSEEN_FONTS, Classes, Glyphs
 from advkd.presets import LATENT_SIDE, Preset, UserError
 
 DIGITS_TRAIN = 1197  # of 1797; the other 600 are held out from teacher, student and feature extractor alike
@@ -20,16 +20,19 @@ _SEED_STRIDE = 1_000_003  # more samples than any run draws, so that two seeds s
 def load_images(preset: Preset, split: str) -> tuple[Tensor | Glyphs, Tensor | Classes]:
     """Real images `(n, c, h, w)` in [-1, 1] and their class labels `(n,)`, to be indexed by a 1-D integer tensor.
 
-    `split` is "train" or "heldout". The digits are scikit-learn's 1797 real handwritten digits (8 x 8, 17 grey levels),
+    `split` is "train" or "heldout"; the glyphs have "unseen-fonts" too. The digits are scikit-learn's 1797 real handwritten digits (8 x 8, 17 grey levels),
     resized to 16 x 16 by bicubic interpolation. The split is a fixed permutation: 1197 train, 600 held out.
-    The glyphs are rendered when they are asked for: ten million in the train split, the next ten thousand held out.
+    The glyphs are rendered when they are asked for: ten million in the train split, the next ten thousand held out, the ten
+    thousand after them in two fonts of their own (whose labels count these two fonts).
     Raises UserError for an unknown split and for a preset whose images are not embedded.
     """
-    if split not in ("train", "heldout"):
-        raise UserError(f"there is no split {split!r}; splits: train, heldout")
+    splits = ("train", "heldout", *(["unseen-fonts"] if preset.data == "glyphs" else []))
+    if split not in splits:
+        raise UserError(f"there is no split {split!r}; splits: {', '.join(splits)}")
     if preset.data == "glyphs":
-        first, count = (0, GLYPHS_TRAIN) if split == "train" else (GLYPHS_TRAIN, GLYPHS_HELDOUT)
-        glyphs = Glyphs(preset.image_size_px, first, count)
+        first = (0, GLYPHS_TRAIN, GLYPHS_TRAIN + GLYPHS_HELDOUT)[splits.index(split)]
+        count = GLYPHS_TRAIN if split == "train" else GLYPHS_HELDOUT
+        glyphs = Glyphs(preset.image_size_px, first, count, UNSEEN_FONTS if split == "unseen-fonts" else FONTS)
         return glyphs, glyphs.classes
     if preset.data != "digits":
         raise UserError(

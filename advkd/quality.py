@@ -57,7 +57,7 @@ NEIGHBOURS_ASKED = 2000  # images whose nearest real image is looked for, pixel 
 class Judge:
     """Asks how good samples are, on both splits of a preset's real images.
 
-    Beside the feature space that recipes were chosen in there is one that was never looked at: a random network.
+    Beside the train and held-out splits the glyphs have letters in two fonts that nobody trained on. Beside the feature space that recipes were chosen in there is one that was never looked at: a random network.
     """
 
     def __init__(self, preset: Preset):
@@ -65,6 +65,7 @@ class Judge:
         if self.data not in FACTORS:
             raise UserError(f"preset {preset.name!r} has no embedded images to compare with; presets: digits, glyphs")
         self.train, self.heldout = (reference_images(preset, split)[0] for split in ("train", "heldout"))
+        self.fonts = reference_images(preset, "unseen-fonts")[0] if self.data == "glyphs" else None
         self.metric = Metric(preset.data)
         self.unseen = Metric("random", extractor=random_extractor(self.train))
         self.classifier = load_extractor(ASSETS / f"{preset.data}-extractor")
@@ -77,6 +78,8 @@ class Judge:
         values["fd_unseen"], values["fd_unseen_heldout"] = (
             self.unseen.compare(samples, reference)["fd"] for reference in (self.train, self.heldout)
         )
+        if self.fonts is not None:
+            values["fd_unseen_fonts"] = self.metric.compare(samples, self.fonts)["fd"]
         values["density"], values["coverage"] = density_coverage(self._features(samples), self.features)
         asked = samples[:NEIGHBOURS_ASKED], self.train, self.heldout
         values["pull_to_train"], values["near_copies"] = pull_to_train(*asked), near_copies(*asked)
@@ -94,6 +97,8 @@ class Judge:
         row |= {"fd_train": values["fd"], "kid_train": values["kid"]}
         row |= {name: values[name] for name in ("precision", "recall")}
         row |= {"fd_unseen": self.unseen.compare(images, self.train)["fd"]}
+        if self.fonts is not None:
+            row["fd_unseen_fonts"] = self.metric.compare(images, self.fonts)["fd"]
         return row | {"density": density, "coverage": coverage}
 
     @torch.inference_mode()

@@ -49,6 +49,8 @@ def test_images_are_the_same_bytes_twice():
 
 
 def test_unknown_split_and_images_that_are_not_embedded_are_refused():
+    with pytest.raises(UserError, match=r"no split 'unseen-fonts'; splits: train, heldout$"):
+        load_images(load_preset("digits"), "unseen-fonts")
     with pytest.raises(UserError, match="no split 'test'; splits: train, heldout"):
         load_images(PRESET, "test")
     with pytest.raises(UserError, match="'celebahq' are not embedded; set real_share=0"):

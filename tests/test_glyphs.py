@@ -63,6 +63,9 @@ def test_the_splits_share_no_index():
     (train, classes), (heldout, _) = load_images(preset, "train"), load_images(preset, "heldout")
     assert (train.first, len(train), heldout.first) == (0, GLYPHS_TRAIN, GLYPHS_TRAIN)
     assert train.fonts == heldout.fonts == FONTS
+    unseen, letters = load_images(preset, "unseen-fonts")
+    assert unseen.fonts == UNSEEN_FONTS and unseen.first == heldout.first + len(heldout)
+    assert torch.equal(letters[:50] // len(FONTS), unseen.factors(slice(50))["letter"])
     assert torch.equal(classes[torch.tensor([5])], train.classes[5:6])
 
 

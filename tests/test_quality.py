@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from advkd import ablations, quality
 from advkd.ablations import SEEDS, WATERFALL, Job, ablate, ablation_protocol, jobs, keep
-from advkd.data import load_images
+from advkd.data import load_images, reference_images
 from advkd.evaluation import pull_to_train, sample_student
 from advkd.presets import UserError, load_preset, resolution
 from advkd.quality import SAMPLING_SEEDS, TRAINING_SEEDS, Judge, student_quality, summarise, teacher_quality
@@ -43,6 +44,19 @@ def test_real_images_judge_well_and_their_copies_are_found(judge):
 def test_a_missing_class_is_seen(judge):
     images, labels = load_images(load_preset("digits"), "train")
     assert judge.measure(images[labels != 3])["rarest_digit"] < 0.05
+
+
+def test_letters_fonts_and_colours_are_counted(monkeypatch):
+    monkeypatch.setattr(quality, "reference_images", partial(reference_images, count=600))
+    preset = load_preset("glyphs")
+    judge, (images, labels) = Judge(preset), reference_images(preset, "heldout", 1000)
+    fonts = judge.measure(reference_images(preset, "unseen-fonts", 600)[0])
+    assert fonts["fd_unseen_fonts"] == pytest.approx(0, abs=1e-3) and fonts["fd_train"] > 10
+    assert fonts["rarest_letter"] > 0.4 and fonts["rarest_ground"] > 0.6
+    bright_without_b = judge.measure(images[labels // 18 != 1].clamp(min=0.1))
+    shares = bright_without_b["shares_letter"]
+    assert shares.index(min(shares)) == 1 and bright_without_b["rarest_letter"] < 0.1
+    assert bright_without_b["rarest_ground"] == 0
 
 
 def test_means_and_deviations_are_those_of_the_statistics_module():
