@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import click
@@ -241,8 +242,9 @@ def evaluate(student: Path, name: str, count: int, seed: int, out: Path, incepti
 @WORKERS
 def ablate(name: str, groups: tuple[str, ...], workers: int):
     """Train and score the ablations that are missing; rows go to figures/PRESET/ablations.json as they are ready."""
+    from advkd.ablations import SHOWN, ablation_place, ablation_protocol, jobs
     from advkd.ablations import ablate as run
-    from advkd.ablations import ablation_protocol, jobs, keep
+    from advkd.figures import keep_row
     from advkd.quality import Judge
 
     chosen = jobs(name)
@@ -251,7 +253,9 @@ def ablate(name: str, groups: tuple[str, ...], workers: int):
         raise UserError(f"there is no group {unknown[0]!r}; groups: {known}")
     judge, failed = Judge(load_preset(name)), 0
     for row in run(judge, [job for job in chosen if not groups or job.group in groups], workers):
-        path, failed = keep(name, row, ablation_protocol(judge)), failed + ("error" in row)
+        table = f"figures/{name}", "ablations", {field: field for field in SHOWN}
+        path = keep_row(row, partial(ablation_place, name), ablation_protocol(judge), *table)
+        failed += "error" in row
     click.echo(f"ablations: {path}" + (f", {failed} trainings failed (see `error` there)" if failed else ""))
 
 
@@ -262,15 +266,18 @@ def ablate(name: str, groups: tuple[str, ...], workers: int):
 @WORKERS
 def quality(name: str, paper_epochs: float, chosen: tuple[str, ...], workers: int):
     """Measure students and teacher over seeds in figures/PRESET/quality.json (hours from nothing; resumable)."""
-    from advkd.figures import save_table
-    from advkd.quality import SAMPLERS, SHOWN
+    from advkd.figures import keep_row
+    from advkd.quality import SAMPLERS, SHOWN, Judge, quality_place, quality_protocol
     from advkd.quality import quality as run
 
     known = {f"{sampler}-{steps}": (sampler, steps) for sampler, steps in SAMPLERS}
     if unknown := [sampler for sampler in chosen if sampler not in known]:
         raise UserError(f"there is no sampler {unknown[0]!r}; samplers: {', '.join(known)}")
-    rows, protocol = run(name, workers, paper_epochs, [known[sampler] for sampler in chosen or known])
-    click.echo(f"quality: {save_table(rows, protocol, f'figures/{name}', 'quality', SHOWN)[0]}")
+    judge = Judge(load_preset(name))
+    protocol = quality_protocol(judge) | {"paper_epochs": f"{paper_epochs} of the paper's 10"}
+    for row in run(name, judge, workers, paper_epochs, [known[sampler] for sampler in chosen or known]):
+        path = keep_row(row, quality_place, protocol, f"figures/{name}", "quality", SHOWN)
+    click.echo(f"quality: {path}")
 
 
 @cli.command()

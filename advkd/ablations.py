@@ -1,4 +1,4 @@
-"""The ablations that the paper lacks: one change at a time at equal compute, as resumable jobs with committed rows."""
+"""The ablations that the paper lacks: one change at a time, as resumable jobs with committed rows."""
 
 import json
 from collections.abc import Iterator
@@ -6,17 +6,16 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from advkd.evaluation import protocol, sample_student
-from advkd.figures import save_table
+from advkd.evaluation import sample_student
+from advkd.figures import study_hash
 from advkd.files import write_json
 from advkd.presets import Preset, load_preset, resolution
-from advkd.quality import Judge
+from advkd.quality import IMAGES, Judge, judge_protocol
 from advkd.run import load_run, read_run, train_side_by_side
 from advkd.student import match_parameters, parameters
 
 SEEDS = (0, 1, 2)
 SAMPLING_SEED = 21
-IMAGES = 5000
 IMAGES_SEEN = 64_000  # by the critic, of the student's: the budget of every row that does not say otherwise
 SCORE = "score.json"
 SHOWN = [
@@ -27,13 +26,15 @@ SHOWN = [
     "train_seconds",
     "fd_train",
     "fd_heldout",
+    "fd_train_subset",
     "precision",
     "recall",
     "coverage",
     "pull_to_train",
 ]
 
-# From the paper's recipe to ours, one change at a time, in the order in which a reader would make them.
+# From the paper's recipe to ours, one change at a time, in the order in which a reader would make them. What is left at the
+# end: the falling learning rate, the moving average and bfloat16.
 WATERFALL = {
     "paper's recipe": (),
     "+ a latent as in sampling": ("latent",),
@@ -73,14 +74,17 @@ def _settings(name: str) -> Iterator[tuple[str, str, Preset, float]]:
     """Group, setting, preset, and how many times the budget."""
     base, paper = load_preset(name), load_preset(name, "paper")
 
-    def change(group: str, settings: dict[str, dict]) -> Iterator[tuple[str, str, Preset, int]]:
+    def change(group: str, settings: dict[str, dict]) -> Iterator[tuple[str, str, Preset, float]]:
         for setting, overrides in settings.items():
             yield group, setting, base.replace(**overrides), 1
 
-    def each(field: str, *values) -> Iterator[tuple[str, str, Preset, int]]:
+    def scaled(field: str, *times: float) -> Iterator[tuple[str, str, Preset, float]]:
+        yield from change(field, {f"{getattr(base, field) * n:.3g}": {field: getattr(base, field) * n} for n in times})
+
+    def each(field: str, *values) -> Iterator[tuple[str, str, Preset, float]]:
         yield from change(field, {str(value): {field: value} for value in values})
 
-    yield "waterfall", "paper's recipe, 10 times the compute", paper, 10
+    yield "waterfall", "paper's recipe, 10 times as long", paper, 10
     changed = paper
     for setting, fields in WATERFALL.items():
         changed = changed.replace(**{field: getattr(base, field) for field in fields})
@@ -98,7 +102,10 @@ def _settings(name: str) -> Iterator[tuple[str, str, Preset, float]]:
     )
     shares = {f"{share:.0%}": {"trajectories": int(base.trajectories * share)} for share in (0.1, 0.25, 0.5, 1)}
     yield from change("share of the trajectories", shares)
-    yield from each("latent", "shrink8bit", "block-mean", "full")
+    yield from each("latent", "block-mean", "full")
+    pairs = {"fresh_share": 0.0}  # fresh latents are N(0, 1), whatever the latents of the pairs are
+    latents = {how: pairs | {"latent": how} for how in ("shrink8bit", "block-mean", "full")}
+    yield from change("latent (no fresh latents)", latents)
     samplers = [("ddim", 10), ("ddim", 20), ("ddim", 50), ("ddim", 100), ("ddpm", 100)]
     few = {"trajectories": paper.trajectories}
     yield from change(
@@ -106,21 +113,22 @@ def _settings(name: str) -> Iterator[tuple[str, str, Preset, float]]:
         {f"{s.upper()}-{n}": few | {"sampler": s, "sampler_steps": n} for s, n in samplers},
     )
     yield from each("target", "xt", "x0")
-    yield from each("reconstruction_weight", 0.0, 0.03, 0.1, 0.3, 1.0)
+    yield from scaled("reconstruction_weight", 0, 0.3, 1, 3, 10)
     yield from change(
         "losses",
         {
             "both": {},
             "adversarial alone": {"reconstruction_weight": 0.0},
-            "reconstruction alone": {"adversarial_weight": 0.0},
+            "reconstruction alone": {"adversarial_weight": 0.0} | pairs,
         },
     )
     paired = {"real_share": 0.0, "fresh_share": 0.0}
     yield from change("critic (pairs alone)", {c: paired | {"critic": c} for c in ("conditional", "unconditional")})
     staged = {"schedule": "staged", "fresh_share": 0.0}
     yield from change("schedule (no fresh latents)", {"joint": {"fresh_share": 0.0}, "staged": staged})
-    yield from each("penalty_weight", 0.0, 0.03, 0.1, 0.3, 1.0)
-    yield from change("penalty", {"r1": {}, "gp+clip": {"penalty": "gp+clip", "penalty_weight": 10.0}})
+    yield from scaled("penalty_weight", 0, 0.3, 1, 3, 10)
+    clipped = {"penalty": "gp+clip", "penalty_weight": 10.0, "penalty_every": 1}
+    yield from change("penalty", {"r1": {}, "gp+clip": clipped})
     yield from each("adversarial", "non-saturating", "forward-kl")
     yield from each("critic_noise", 0.0, 0.15)
     yield from each("ema", 0.0, 0.99, 0.998)
@@ -132,15 +140,15 @@ def _settings(name: str) -> Iterator[tuple[str, str, Preset, float]]:
     yield from each("head", "terminal", "light")
     # What trades distance for recall, with all the recipe's steps.
     whole = base.steps * base.batch_size(0) / IMAGES_SEEN
-    paired = {"latent": "full", "adversarial": "forward-kl"}
+    kl = {"latent": "full", "adversarial": "forward-kl"}
     for setting, overrides in {
         "the recipe": {},
         "full noise": {"latent": "full"},
-        "full noise, forward KL": paired,
-        "full noise, forward KL, features 0.1": paired | {"feature_weight": 0.1, "reconstruction_weight": 0.05},
+        "full noise, forward KL": kl,
+        "full noise, forward KL, features 0.1": kl | {"feature_weight": 0.1},
         "full noise, features 0.3": {"latent": "full", "feature_weight": 0.3},
     }.items():
-        yield "trade-off (3.5 times the budget)", setting, base.replace(**overrides), whole
+        yield "trade-off (the recipe's whole budget)", setting, base.replace(**overrides), whole
 
 
 def _budget(preset: Preset, images_seen: int) -> Preset:
@@ -167,37 +175,29 @@ def ablate(judge: Judge, chosen: list[Job], workers: int = 1) -> Iterator[dict]:
 
 def _score(judge: Judge, folder: Path) -> dict:
     """What the judge says of a run, kept beside it."""
-    path, asked = folder / SCORE, {"sampling_seed": SAMPLING_SEED, "images": IMAGES, "by": judge.metric.extractor}
-    if path.exists() and (kept := json.loads(path.read_text()))["asked"] == asked:
+    path, study, made = folder / SCORE, study_hash(ablation_protocol(judge)), read_run(folder)
+    if path.exists() and (kept := json.loads(path.read_text()))["study"] == study:
         return kept["measured"]
-    measured = {"train_seconds": read_run(folder)["seconds"]}
+    measured = {"train_seconds": made["seconds"], "threads": made["threads"], "device": made["device"]}
     measured |= judge.measure(sample_student(load_run(folder), IMAGES, SAMPLING_SEED, progress=False))
-    write_json(path, {"asked": asked, "measured": measured})
+    write_json(path, {"study": study, "measured": measured})
     return measured
 
 
-def keep(name: str, row: dict, details: dict) -> Path:
-    """Write `row` into `figures/<name>/ablations.json`, in the place of an older one of its setting and seed.
-
-    Rows that no job of today would make, because the presets have changed, are dropped. Returns the path.
-    """
-    places = {(j.group, j.setting, j.preset.seed, j.preset.config_hash): i for i, j in enumerate(jobs(name))}
-    path = Path(f"figures/{name}/ablations.json")
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    rows = {_place(places, r): r for r in [*rows, row]}
-    ordered = [rows[place] for place in sorted(rows) if place >= 0]
-    return save_table(ordered, details, path.parent, path.stem, {field: field for field in SHOWN})[0]
+def ablation_place(name: str, row: dict) -> int | None:
+    """The place of a row in the table of the preset `name`; None where no job of today would make it."""
+    return _places(name).get((row["group"], row["setting"], row["seed"], row["preset_hash"]))
 
 
-def _place(places: dict, row: dict) -> int:
-    return places.get((row["group"], row["setting"], row["seed"], row["preset_hash"]), -1)
+@cache
+def _places(name: str) -> dict:
+    return {(j.group, j.setting, j.preset.seed, j.preset.config_hash): i for i, j in enumerate(jobs(name))}
 
 
 def ablation_protocol(judge: Judge) -> dict:
     """What the numbers of the study depend on."""
-    return protocol(judge.metric, IMAGES, SAMPLING_SEED, judge.train, judge.heldout) | {
+    return judge_protocol(judge, IMAGES, [SAMPLING_SEED]) | {
         "training_seeds": list(SEEDS),
         "images_seen": f"{IMAGES_SEEN} of the student's by the critic in every training, unless the setting says more",
-        "train_seconds": "wall clock, students side by side with one thread each",
-        "weights": "the last (averaged) ones of a fixed budget",
+        "train_seconds": "wall clock, on the `threads` of the row, beside other trainings",
     }

@@ -117,7 +117,8 @@ def random_extractor(images: Tensor, seed: int = 0) -> Extractor:
     for module in extractor.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # the average over all calls
-    extractor.train()(images)
+    for batch in images.split(2000):
+        extractor.train()(batch)
     return extractor.eval()
 
 

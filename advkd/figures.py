@@ -1,8 +1,9 @@
 """Figures and tables: grids, curves, and the only writers of the figures folder."""
 
+import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from torch.nn import functional as F
 from torchvision.utils import make_grid
 
 from advkd.files import project_root, write_atomic, write_json, write_text
+from advkd.presets import config_hash
 
 DPI = 110
+COMPARABLE = ("extractor", "unseen", "teacher_fingerprint", "images", "sampling_seed", "fd_train_subset")
 INK, PAPER_RECIPE, IMPROVED_RECIPE, TEACHER = "#333333", "#c8553d", "#2a6f97", "#7a7a7a"
 COLOURS = {"paper": PAPER_RECIPE, "improved": IMPROVED_RECIPE, "teacher": TEACHER}
 
@@ -89,14 +92,14 @@ def live_curves(records: Iterator, fields: dict[str, str], every: int = 500) -> 
     return seen
 
 
-def _figures(folder: Path | str) -> Path:
+def figures_folder(folder: Path | str) -> Path:
     """Where `folder` lies: below ADVKD_FIGURES if that is set, so that a test run leaves the figures as they are."""
     return Path(os.environ.get("ADVKD_FIGURES", ".")) / folder
 
 
 def save_figure(figure: Figure, folder: Path | str, name: str) -> Path:
     """Write `<folder>/<name>.png`, atomically."""
-    path = _figures(folder) / f"{name}.png"
+    path = figures_folder(folder) / f"{name}.png"
     write_atomic(
         path, lambda temporary: figure.savefig(temporary, dpi=DPI, bbox_inches="tight", metadata={"Software": None})
     )
@@ -107,13 +110,32 @@ def save_table(
     rows: list[dict], protocol: dict, folder: Path | str, name: str, shown: dict[str, str] | None = None
 ) -> list[Path]:
     """Write rows with their protocol as `<name>.json`, and the columns `shown` (field: heading) as `.csv` and `.md`."""
-    folder = _figures(folder)
+    folder = figures_folder(folder)
     shown = shown or {field: field for field in rows[0]}
     write_json(folder / f"{name}.json", {"protocol": protocol, "rows": rows})
     frame = pd.DataFrame(rows)
     write_text(folder / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n"))
     write_text(folder / f"{name}.md", markdown(rows, shown))
     return [folder / f"{name}.{kind}" for kind in ("json", "csv", "md")]
+
+
+def keep_row(
+    row: dict, place: Callable[[dict], int | None], protocol: dict, folder: Path | str, name: str, shown: dict[str, str]
+) -> Path:
+    """Put `row` at its `place` into `<name>.json`, for another that was there, and write the table; returns its path.
+
+    Rows without a place and rows that were judged in another way (`study_hash`) are dropped.
+    """
+    path, row = figures_folder(folder) / f"{name}.json", row | {"study": study_hash(protocol)}
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    rows = {place(r): r for r in [*rows, row] if r.get("study") == row["study"]}
+    ordered = [rows[at] for at in sorted(at for at in rows if at is not None)]
+    return save_table(ordered, protocol, folder, name, shown)[0]
+
+
+def study_hash(protocol: dict) -> str:
+    """12 hexadecimal digits of what makes rows comparable: feature spaces, teacher, number of images and their seeds."""
+    return config_hash({field: protocol[field] for field in COMPARABLE})
 
 
 def markdown(rows: list[dict], shown: dict[str, str]) -> str:

@@ -1,7 +1,7 @@
 """How good is a model: every question under one protocol, over seeds that nothing was chosen by."""
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -30,16 +30,19 @@ TRAINING_SEEDS = (3, 4, 5)  # recipes were chosen by runs with the seeds 0, 1 an
 SAMPLING_SEEDS = (11, 12, 13)  # ... and by samples of the seeds 1 and 2
 IMAGES = 3500  # of each model and sampling seed: Frechet distances are comparable at one size alone
 SAMPLERS = (*(("ddim", steps) for steps in (1, 2, 5, 10, 25, 50)), ("ddpm", 100), ("ddpm", 1000))
+FLOOR_IMAGES = 600  # ... and with real images at no more than are held out of the digits
 SHOWN = {
     "model": "model",
     "recipe": "recipe",
     "sampler": "sampler",
     "steps": "steps",
     "seeds": "seeds",
+    "images": "images",
     "fd_train": "FD, train",
     "fd_train_sd": "±",
     "fd_heldout": "FD, held out",
     "fd_heldout_sd": "±",
+    "fd_train_subset": f"FD, train, {FLOOR_IMAGES} images",
     "fd_unseen": "unseen space, train",
     "fd_unseen_heldout": "unseen space, held out",
     "kid_train": "KID",
@@ -61,9 +64,9 @@ class Judge:
     """
 
     def __init__(self, preset: Preset):
-        self.data = preset.data
-        if self.data not in FACTORS:
+        if preset.data not in FACTORS:
             raise UserError(f"preset {preset.name!r} has no embedded images to compare with; presets: digits, glyphs")
+        self.data, self.teacher = preset.data, load_teacher(preset)
         self.train, self.heldout = (reference_images(preset, split)[0] for split in ("train", "heldout"))
         self.fonts = reference_images(preset, "unseen-fonts")[0] if self.data == "glyphs" else None
         self.metric = Metric(preset.data)
@@ -75,11 +78,13 @@ class Judge:
     def measure(self, samples: Tensor) -> dict[str, float | list[float]]:
         """The fields of a quality row for images `(n, c, h, w)` in [-1, 1]."""
         values = self.metric.evaluate(samples, self.train, self.heldout)
-        values["fd_unseen"], values["fd_unseen_heldout"] = (
-            self.unseen.compare(samples, reference)["fd"] for reference in (self.train, self.heldout)
-        )
+        size = min(FLOOR_IMAGES, len(samples))
+        subsets = samples[: len(samples) // size * size].split(size)
+        values["fd_train_subset"] = statistics.mean(self.metric.distance(x, self.train) for x in subsets)
+        for name, reference in (("fd_unseen", self.train), ("fd_unseen_heldout", self.heldout)):
+            values[name] = self.unseen.distance(samples, reference)
         if self.fonts is not None:
-            values["fd_unseen_fonts"] = self.metric.compare(samples, self.fonts)["fd"]
+            values["fd_unseen_fonts"] = self.metric.distance(samples, self.fonts)
         values["density"], values["coverage"] = density_coverage(self._features(samples), self.features)
         asked = samples[:NEIGHBOURS_ASKED], self.train, self.heldout
         values["pull_to_train"], values["near_copies"] = pull_to_train(*asked), near_copies(*asked)
@@ -89,17 +94,17 @@ class Judge:
         return values
 
     def floor(self) -> dict:
-        """The row of held-out real images in the place of samples: what nobody who has not seen the train split beats."""
+        """The row of held-out real images in the place of samples, which are fewer where fewer are held out."""
         images = self.heldout[:IMAGES]
-        values = self.metric.compare(images, self.train)
-        density, coverage = density_coverage(self._features(images), self.features)
-        row = {"model": "real", "recipe": None, "sampler": "held-out images", "images": len(images)}
-        row |= {"fd_train": values["fd"], "kid_train": values["kid"]}
-        row |= {name: values[name] for name in ("precision", "recall")}
-        row |= {"fd_unseen": self.unseen.compare(images, self.train)["fd"]}
-        if self.fonts is not None:
-            row["fd_unseen_fonts"] = self.metric.compare(images, self.fonts)["fd"]
-        return row | {"density": density, "coverage": coverage}
+        to_itself = ("fd_heldout", "fd_unseen_heldout", "pull_to_train", "near_copies")
+        values = {field: x for field, x in self.measure(images).items() if field not in to_itself}
+        return {
+            "model": "real",
+            "recipe": None,
+            "sampler": "held-out images",
+            "steps": 0,
+            "images": len(images),
+        } | values
 
     @torch.inference_mode()
     def _features(self, images: Tensor) -> Tensor:
@@ -117,7 +122,7 @@ class Judge:
 
 
 def summarise(measured: list[dict]) -> dict:
-    """Mean and, as `<field>_sd`, standard deviation of every field; of lists the mean alone."""
+    """Mean and, as `<field>_sd`, standard deviation over `measured` of every field; of lists the mean alone."""
     row = {}
     for field, first in measured[0].items():
         values = [m[field] for m in measured]
@@ -144,7 +149,7 @@ def teacher_images(teacher: Teacher, preset: Preset, sampler: str, steps: int, s
 
 def teacher_quality(judge: Judge, preset: Preset, sampler: str, steps: int, count: int = IMAGES) -> dict:
     """The quality row of the preset's teacher with a sampler, over the sampling seeds."""
-    teacher = load_teacher(preset)
+    teacher = judge.teacher
     images = (teacher_images(teacher, preset, sampler, steps, seed, count) for seed in SAMPLING_SEEDS)
     measured = [judge.measure(x) for x in images]
     row = teacher_row(teacher, sampler, steps) | {"seeds": 0, "images": count}
@@ -153,7 +158,7 @@ def teacher_quality(judge: Judge, preset: Preset, sampler: str, steps: int, coun
 
 def student_quality(judge: Judge, presets: Iterable[Preset], workers: int = 1, count: int = IMAGES) -> dict:
     """The quality row of a recipe, over training seeds (the presets) and sampling seeds; trains what is missing."""
-    measured, seconds = [], []
+    measured, seconds = [], []  # of a training seed each
     presets = sorted(presets, key=lambda p: p.seed)
     folders = {preset: (folder, error) for preset, folder, error in train_side_by_side(presets, workers)}
     for preset in presets:
@@ -161,38 +166,54 @@ def student_quality(judge: Judge, presets: Iterable[Preset], workers: int = 1, c
         if error:
             raise UserError(f"training {folder} failed: {error}")
         pipeline = load_run(folder)
-        measured += [judge.measure(sample_student(pipeline, count, seed)) for seed in SAMPLING_SEEDS]
+        of_seeds = summarise([judge.measure(sample_student(pipeline, count, seed)) for seed in SAMPLING_SEEDS])
+        measured.append({field: value for field, value in of_seeds.items() if not field.endswith("_sd")})
         seconds.append(read_run(folder)["seconds"])
-    row = student_row(pipeline, preset.recipe)
+    row = student_row(pipeline, preset.recipe) | {"preset_hash": presets[0].config_hash}
     row |= {"seeds": len(seconds), "images": count, "train_seconds": statistics.mean(seconds)}
     return row | summarise(measured) | {"ms_per_image": student_latency_ms(pipeline)}
 
 
-def quality_protocol(judge: Judge, count: int = IMAGES) -> dict:
-    """What the numbers of the quality table depend on."""
-    details = protocol(judge.metric, count, list(SAMPLING_SEEDS), judge.train, judge.heldout)
-    return details | {
-        "training_seeds": list(TRAINING_SEEDS),
+def judge_protocol(judge: Judge, count: int, sampling_seeds: list[int]) -> dict:
+    """What the numbers that a judge gives depend on."""
+    return protocol(judge.metric, count, sampling_seeds, judge.train, judge.heldout) | {
+        "teacher_fingerprint": judge.teacher.fingerprint,
         "weights": "the last (averaged) ones of a fixed budget, never the best by a metric",
-        "mean_and_sd": "over training seeds times sampling seeds",
+        "fd_train_subset": f"mean over disjoint subsets of {FLOOR_IMAGES} images: for the comparison with real images",
         "unseen": f"random network, {judge.unseen.extractor}",
-        "pull_to_train": "pixel L2 of the first 2000; as many training as held-out images; 0.5 is neutral",
+        "pull_to_train": f"pixel L2 of the first {NEIGHBOURS_ASKED}; as many training as held-out images; 0.5 is neutral",
         "near_copies": "share nearer to a training image than 1 % of the held-out images are (pixel L2)",
         "rarest": "smallest share of a class, over its share among real images, by the same classifier",
     }
 
 
+def quality_protocol(judge: Judge, count: int = IMAGES) -> dict:
+    """What the numbers of the quality table depend on."""
+    return judge_protocol(judge, count, list(SAMPLING_SEEDS)) | {
+        "training_seeds": list(TRAINING_SEEDS),
+        "mean_and_sd": "students: over training seeds, each the mean over sampling seeds; teacher: over sampling seeds",
+    }
+
+
 def quality(
     name: str,
+    judge: Judge,
     workers: int = 1,
     paper_epochs: float = 1.0,
     samplers: Iterable[tuple[str, int]] = SAMPLERS,
     count: int = IMAGES,
-) -> tuple[list[dict], dict]:
-    """The rows of `figures/<name>/quality.json` and their protocol; the teacher with each of `samplers` (name, steps)."""
-    judge = Judge(load_preset(name))
+) -> Iterator[dict]:
+    """The rows of `figures/<name>/quality.json`, each as it is ready; the teacher with each of `samplers` (name, steps)."""
     recipes = load_preset(name), load_preset(name, "paper", epochs=paper_epochs)
-    rows = [student_quality(judge, [p.replace(seed=seed) for seed in TRAINING_SEEDS], workers, count) for p in recipes]
-    rows += [teacher_quality(judge, recipes[0], sampler, steps, count) for sampler, steps in samplers]
-    details = quality_protocol(judge, count) | {"paper_epochs": f"{paper_epochs} of the paper's 10"}
-    return [*rows, judge.floor()], details
+    for p in recipes:
+        yield student_quality(judge, [p.replace(seed=seed) for seed in TRAINING_SEEDS], workers, count)
+    yield judge.floor()
+    for sampler, steps in samplers:
+        yield teacher_quality(judge, recipes[0], sampler, steps, count)
+
+
+def quality_place(row: dict) -> int:
+    """The place of a row of `quality` in its table."""
+    models = [("student", "improved"), ("student", "paper"), ("teacher", None), ("real", None)]
+    samplers = [(s, n) for s, n in SAMPLERS if row["model"] == "teacher"] or [(row["sampler"], row["steps"])]
+    return 100 * models.index((row["model"], row["recipe"])) + samplers.index((row["sampler"], row["steps"]))

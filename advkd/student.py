@@ -1,6 +1,7 @@
 """The one-step student: K submodules that play the teacher's denoising phases, each with a head of its own."""
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -187,6 +188,7 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+@cache
 def parameters(preset: Preset) -> int:
     """Number of parameters of the preset's student."""
     with torch.device("meta"):  # shapes without weights

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from advkd import losses
@@ -90,6 +92,17 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
+def update_average(decay: float, average: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+    """The exponential moving average of `count` earlier weights and the `current` ones, in place.
+
+    The bias towards the first weights is taken out, as Adam does it (Kingma and Ba 2015, section 3): without that, a
+    seventh of the average of 1000 steps with decay 0.998 would be the weights after the first of them.
+    """
+    count = int(count) + 1
+    share = (1 - decay) / (1 - decay**count) if decay < 1 else 1 / count
+    get_ema_multi_avg_fn(1 - share)(average, current, count)
+
+
 class Plan:
     """Which stage trains at which step, and on which trajectories."""
 
@@ -151,9 +164,6 @@ class _Loop:
         self.plan = Plan(preset, len(trajectories))
         student.train().requires_grad_(True).to(memory_format=torch.channels_last)
         self.modules: dict[str, nn.Module] = {"student": student}
-        if preset.ema:
-            average = get_ema_multi_avg_fn(preset.ema)
-            self.modules["average"] = AveragedModel(student, multi_avg_fn=average, use_buffers=True)
         self.store = trajectories
         self.latents = trajectories.latents(preset.latent).to(device)
         self.images = images  # possibly rendered when asked for, so they stay where they are
@@ -161,7 +171,7 @@ class _Loop:
         self.targets: dict[int, Tensor] = {}
 
     def enter_stage(self, k: int) -> None:
-        """A fresh critic and fresh optimizers; submodules beyond `k` are frozen."""
+        """A fresh critic, fresh optimizers and a fresh moving average; submodules beyond `k` are frozen."""
         p, self.stage = self.preset, k
         heads = range(k + 1) if p.reconstruction_weight else [k]
         self.targets = {i: self.store.column(f"{p.target}_{i}").to(self.device) for i in heads}
@@ -169,6 +179,9 @@ class _Loop:
         for i, submodule in enumerate(self.student.stages):
             submodule.requires_grad_(i <= k)
         self.modules["critic"] = critic
+        if p.ema:
+            average = partial(update_average, p.ema)
+            self.modules["average"] = AveragedModel(self.student, multi_avg_fn=average, use_buffers=True)
         trainable = [q for q in self.student.parameters() if q.requires_grad]
         adam = {"lr": p.learning_rate, "betas": p.betas, "fused": True}  # fused: a tenth of a step here
         self.optimizers = {
@@ -218,7 +231,7 @@ class _Loop:
         parts = [targets[: count - from_data], as_images(self.targets[k][others.to(self.device)])]
         if from_data:
             chosen = torch.randint(len(self.images), (from_data,), generator=generator)
-            parts.append(self.images[chosen].to(self.device))
+            parts.append(F.adaptive_avg_pool2d(self.images[chosen].to(self.device), targets.shape[-1]))
         return torch.cat(parts).contiguous(memory_format=torch.channels_last)
 
     def _veil(self, images: Tensor, generator: torch.Generator) -> Tensor:

@@ -62,7 +62,13 @@ def test_unknown_field_lists_the_fields(change):
         ("critic_width", 0, "critic_width is 0, but must be positive"),
         ("critic", "conditional", "critic is 'conditional', which needs a trajectory for every image"),
         ("schedule", "staged", "fresh_share is .*, but staged training has only paired latents"),
-        ("fresh_share", 1.0, "fresh_share is 1, which leaves no pair to compare: reconstruction_weight=0"),
+        (
+            "fresh_share",
+            1.0,
+            "fresh_share is 1.0 of .64,. images, which leaves no pair to compare: reconstruction_weight",
+        ),
+        ("fresh_share", 0.999, "fresh_share is 0.999 of .64,. images, which leaves no pair"),
+        ("unsupervised", tuple(range(11)), "which leaves stage 10 no head to reconstruct"),
         ("feature_weight", -0.1, "feature_weight is -0.1, but must not be negative"),
     ],
 )

@@ -9,14 +9,27 @@ import pytest
 import torch
 
 from advkd import ablations, quality
-from advkd.ablations import SEEDS, WATERFALL, Job, ablate, ablation_protocol, jobs, keep
+from advkd.ablations import SEEDS, WATERFALL, Job, ablate, ablation_place, ablation_protocol, jobs
 from advkd.data import load_images, reference_images
+from advkd.discriminator import make_discriminator
 from advkd.evaluation import pull_to_train, sample_student
-from advkd.presets import UserError, load_preset, resolution
-from advkd.quality import SAMPLING_SEEDS, TRAINING_SEEDS, Judge, student_quality, summarise, teacher_quality
+from advkd.figures import keep_row
+from advkd.presets import UserError, asdict, load_preset, resolution
+from advkd.quality import (
+    SAMPLING_SEEDS,
+    TRAINING_SEEDS,
+    Judge,
+    quality_place,
+    quality_protocol,
+    student_quality,
+    summarise,
+    teacher_quality,
+)
 from advkd.run import PIPELINE, load_run, train_side_by_side
-from advkd.student import match_parameters, parameters
-from advkd.train_advkd import Plan
+from advkd.student import Student, match_parameters, parameters
+from advkd.teacher import load_teacher
+from advkd.train_advkd import Plan, train_advkd
+from advkd.trajectories import generate_trajectories, trajectory_dir
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +88,10 @@ def test_quality_rows_train_what_is_missing_and_average_over_all_seeds(judge, im
     row = student_quality(judge, presets, workers=2, count=70)
     folders = {p.seed: folder for p, folder, error in train_side_by_side(presets) if error is None}
     each = [
-        judge.measure(sample_student(load_run(folders[seed]), 70, s))["fd_train"]
+        statistics.mean(
+            judge.measure(sample_student(load_run(folders[seed]), 70, s))["fd_train"] for s in SAMPLING_SEEDS
+        )
         for seed in (3, 4)
-        for s in SAMPLING_SEEDS
     ]
     assert row["fd_train"] == pytest.approx(statistics.mean(each))
     assert row["fd_train_sd"] == pytest.approx(statistics.stdev(each)) and row["seeds"] == 2
@@ -90,13 +104,15 @@ def test_teacher_rows_average_over_sampling_seeds(judge, improved):
     assert row["fd_train_sd"] > 0 and row["images"] == 70
 
 
-def test_the_table_has_a_row_for_each_recipe_and_sampler_and_for_real_images(improved, paper, monkeypatch):
+def test_the_table_has_a_row_for_each_recipe_and_sampler_and_for_real_images(judge, improved, paper, monkeypatch):
     presets = {"improved": improved, "paper": paper}
     monkeypatch.setattr(
         quality, "load_preset", lambda name, recipe="improved", **given: presets[recipe].replace(**given)
     )
     monkeypatch.setattr(quality, "TRAINING_SEEDS", (3, 4))
-    rows, details = quality.quality("digits", paper_epochs=0.5, samplers=[("ddim", 2)], count=70)
+    rows = list(quality.quality("digits", judge, paper_epochs=0.5, samplers=[("ddim", 2)], count=70))
+    rows.sort(key=quality_place)
+    details = quality_protocol(judge, 70)
     assert [(r["model"], r["recipe"], r["sampler"]) for r in rows] == [
         ("student", "improved", "one-step"),
         ("student", "paper", "one-step"),
@@ -111,6 +127,7 @@ def test_the_table_has_a_row_for_each_recipe_and_sampler_and_for_real_images(imp
         assert row["images"] == 70 and row["ms_per_image"] > 0
     assert [row["seeds"] for row in rows[:3]] == [2, 2, 0] and details["images"] == 70
     assert rows[3]["fd_train"] == pytest.approx(1.28, abs=0.01), "the floor that README quotes"
+    assert rows[3]["fd_train_subset"] == rows[3]["fd_train"] and "pull_to_train" not in rows[3]
     json.dumps([rows, details])
 
 
@@ -127,7 +144,9 @@ def test_every_setting_has_three_seeds_and_the_same_budget():
         assert {j.preset.seed for j in chosen} == set(SEEDS)
         for job in chosen:
             plan = Plan(job.preset, job.preset.trajectories)
-            times = 10 if "10 times" in job.setting else 3.5 if "3.5 times" in job.group else 1
+            times = 10 if "10 times" in job.setting else 1
+            if "whole budget" in job.group:
+                times = load_preset(name).steps * 64 / ablations.IMAGES_SEEN
             assert plan.images_seen(plan.steps - 1) == pytest.approx(times * ablations.IMAGES_SEEN, rel=0.02)
 
 
@@ -136,8 +155,24 @@ def test_the_waterfall_leads_from_the_papers_recipe_to_ours():
     paper, base = load_preset("digits", "paper"), load_preset("digits")
     assert steps[1] == paper.replace(epochs=steps[1].epochs) and steps[-1] == base.replace(steps=steps[-1].steps)
     assert len(steps) == len(WATERFALL) + 2
-    for before, after in pairwise(steps[1:]):
-        assert before != after
+    declared = [*list(WATERFALL.values())[1:], ("recipe", "decay_share", "ema", "train_dtype")]
+    for (before, after), fields in zip(pairwise(steps[1:]), declared, strict=True):
+        changed = {f for f, value in asdict(after).items() if asdict(before)[f] != value}
+        assert changed and changed <= {*fields, "steps", "epochs"}
+
+
+@pytest.mark.parametrize("name", ["digits", "glyphs"])
+def test_every_setting_can_be_trained(name, tmp_path):
+    few = {"trajectories": 64, "sampler": "ddim", "sampler_steps": 2}
+    presets = {job.preset.replace(**few): None for job in jobs(name, seeds=(0,))}
+    teacher, images, stores = load_teacher(load_preset(name)), load_images(load_preset(name), "train")[0], {}
+    for p in presets:
+        folder = tmp_path / trajectory_dir(teacher, p).name
+        stores[folder] = stores.get(folder) or generate_trajectories(teacher, p, folder)
+        record = next(
+            train_advkd(Student.from_preset(p), partial(make_discriminator, p), stores[folder], p, images=images)
+        )
+        assert record.step == 1
 
 
 def test_settings_change_what_they_say():
@@ -146,7 +181,8 @@ def test_settings_change_what_they_say():
     assert by_name["losses", "adversarial alone"].reconstruction_weight == 0
     assert by_name["losses", "reconstruction alone"].adversarial_weight == 0
     assert by_name["share of the trajectories", "10%"].trajectories == 500
-    assert by_name["trade-off (3.5 times the budget)", "the recipe"] == load_preset("digits")
+    assert by_name["trade-off (the recipe's whole budget)", "the recipe"] == load_preset("digits")
+    assert by_name["latent (no fresh latents)", "shrink8bit"].fresh_share == 0
     assert by_name["submodules", "K = 1"].resolutions == (16,)
     assert by_name["submodules", "K = 3"].resolutions == (8, 8, 16)
     wanted = parameters(load_preset("digits"))
@@ -166,18 +202,23 @@ def test_fewer_submodules_than_sizes_still_end_at_the_images_size():
     assert [resolution(k, 3, 256) for k in range(3)] == [16, 64, 256]
 
 
-def test_a_study_is_resumed_and_its_rows_are_kept(judge, improved, monkeypatch, tmp_path):
+def test_a_study_is_resumed_and_its_rows_are_kept(judge, improved, monkeypatch):
     chosen = [Job("ema", str(ema), improved.replace(ema=ema)) for ema in (0.0, 0.9)]
     chosen.append(Job("again", "the same training", improved))
-    monkeypatch.setattr(ablations, "jobs", lambda name: chosen)
+    places = {("ema", "0.0"): 0, ("ema", "0.9"): 1, ("again", "the same training"): 2}
+
+    def keep(row):
+        table = "figures/digits", "ablations", {field: field for field in ablations.SHOWN}
+        return keep_row(row, lambda r: places.get((r["group"], r["setting"])), details, *table)
+
     monkeypatch.setattr(ablations, "IMAGES", 70)
     details = ablation_protocol(judge)
     first = next(ablate(judge, chosen[:1]))
-    path = keep("digits", first, details)
+    path = keep(first)
     rows = list(ablate(judge, chosen))
     assert [row for row in rows if row["group"] == "ema" and row["setting"] == "0.0"] == [first]
     for row in reversed(rows):
-        keep("digits", row, details)
+        keep(row)
     table = json.loads(path.read_text())
     assert [(r["group"], r["setting"]) for r in table["rows"]] == [(j.group, j.setting) for j in chosen]
     assert table["rows"][1]["fd_train"] == table["rows"][2]["fd_train"] and table["protocol"]["training_seeds"] == [
@@ -186,9 +227,22 @@ def test_a_study_is_resumed_and_its_rows_are_kept(judge, improved, monkeypatch, 
         2,
     ]
     assert {"group", "setting", "seed", "train_seconds", "fd_train", "fd_heldout"} <= table["rows"][0].keys()
-    monkeypatch.setattr(ablations, "jobs", lambda name: chosen[1:])
-    keep("digits", rows[-1], details)
+    del places["ema", "0.0"]
+    keep(rows[-1])
     assert len(json.loads(path.read_text())["rows"]) == 2, "rows of settings that no longer exist go"
+    details["images"] = 71
+    keep(rows[-1])
+    assert len(json.loads(path.read_text())["rows"]) == 1, "rows that were judged otherwise go"
+    monkeypatch.setenv("ADVKD_FIGURES", "elsewhere")
+    keep(rows[-1])
+    elsewhere = keep(rows[-2])
+    assert elsewhere.parts[0] == "elsewhere" and len(json.loads(elsewhere.read_text())["rows"]) == 2
+
+
+def test_a_row_of_today_has_a_place_and_another_has_none():
+    job = jobs("digits")[4]
+    row = {"group": job.group, "setting": job.setting, "seed": job.preset.seed, "preset_hash": job.preset.config_hash}
+    assert ablation_place("digits", row) == 4 and ablation_place("digits", row | {"preset_hash": "0"}) is None
 
 
 def test_a_failed_training_leaves_the_others_alone(judge, improved, monkeypatch):

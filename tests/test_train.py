@@ -221,18 +221,31 @@ def test_without_reconstruction_the_other_heads_stay(improved, store, images):
 
 def test_the_student_ends_as_its_moving_average(improved, store, images):
     student, _, records = start(improved, store, images)
-    average, raw = None, None
+    weights = []
     for _ in records:
-        raw = snapshot(student)
-        average = average or snapshot(student)  # the first update copies
-        average = {
-            name: average[name] + 0.1 * (raw[name] - average[name]) for name in raw if raw[name].is_floating_point()
-        }
-    ended = snapshot(student)
+        weights.append(snapshot(student))
+    raw, ended = weights[-1], snapshot(student)
+    share = [0.9 ** (len(weights) - 1 - i) for i in range(len(weights))]  # of step i; no other weights count
+    average = {
+        name: sum(w * each[name] for w, each in zip(share, weights, strict=True)) / sum(share)
+        for name in raw
+        if raw[name].is_floating_point()
+    }
     assert kernels(raw) <= changed(raw, ended)
     for name, value in average.items():
         torch.testing.assert_close(ended[name], value, atol=1e-6, rtol=1e-4)
     assert not student.training
+
+
+def test_the_moving_average_of_a_stage_begins_with_it(improved, store, images):
+    staged = improved.replace(schedule="staged", fresh_share=0.0, epochs=0.5)
+    student, _, records = start(staged, store, images)
+    last = [snapshot(student) for record in records if record.stage == 2]
+    share = [0.9 ** (len(last) - 1 - i) for i in range(len(last))]
+    name = "stages.2.terminal.0.weight" if "stages.2.terminal.0.weight" in last[0] else "stages.2.terminal.weight"
+    expected = sum(w * each[name] for w, each in zip(share, last, strict=True)) / sum(share)
+    torch.testing.assert_close(snapshot(student)[name], expected, atol=1e-6, rtol=1e-4)
+    assert len(last) > 1 and not torch.equal(last[0][name], last[-1][name])
 
 
 def test_without_a_moving_average_the_last_weights_are_left(paper, store):
@@ -301,7 +314,7 @@ def test_the_critic_sees_all_images_through_noise(improved, store, images):
 
 def test_a_head_without_supervision_adds_nothing(improved, store, images):
     every, without = (next(start(improved.replace(unsupervised=x), store, images)[2]) for x in ((), (1,)))
-    heads = Student.from_preset(improved.replace(unsupervised=(0, 1, 2)))
+    heads = Student.from_preset(improved)
     alone = [next(start(improved.replace(unsupervised=x), store, images)[2]) for x in ((1, 2), (0, 2), (0, 1))]
     parts = [record.reconstruction_loss for record in alone]
     assert every.reconstruction_loss == pytest.approx(sum(parts), rel=1e-4)
