@@ -60,19 +60,24 @@ def show_strip(rows: dict[str, Sequence[Tensor]], columns: Sequence[str], side_p
 def plot_curves(records: Iterable, fields: dict[str, str], window: int = 25, figure: Figure | None = None) -> Figure:
     """One panel per field of the records (a running mean over `window` records) against images seen.
 
-    `fields` maps a field's name to its axis label. Stages are told apart by shade where there are several.
+    `fields` maps a field's name to its axis label. Where there are several stages, the later ones are darker.
     """
     frame = pd.DataFrame(asdict(record) for record in records)
+    stages = sorted(frame.stage.unique())
+    several = len(stages) > 1
+    colours = sns.color_palette("crest", len(stages)) if several else [IMPROVED_RECIPE]
     figure = figure or plt.figure(figsize=(2.9 * len(fields), 2.5))
     figure.clear()
     axes = figure.subplots(1, len(fields), squeeze=False)[0]
     for ax, (field, label) in zip(axes, fields.items(), strict=True):
-        for _, part in frame.dropna(subset=[field]).groupby("stage"):
+        for stage, colour in zip(stages, colours, strict=True):
+            part = frame[frame.stage == stage].dropna(subset=[field])
             smooth = part[field].rolling(window, min_periods=1).mean()
-            ax.plot(
-                part.images_seen / 1000, smooth, lw=1.2, color=IMPROVED_RECIPE if frame.stage.nunique() == 1 else None
-            )
+            label_of = f"stage {stage}" if several and stage in (stages[0], stages[-1]) else None
+            ax.plot(part.images_seen / 1000, smooth, lw=1.2, color=colour, label=label_of)
         ax.set(xlabel="images seen (thousands)", title=label)
+    if several:
+        axes[0].legend(fontsize=7, loc="lower left")
     figure.tight_layout()
     return figure
 
