@@ -176,7 +176,7 @@ def ablate(judge: Judge, chosen: list[Job], workers: int = 1) -> Iterator[dict]:
 def _score(judge: Judge, folder: Path) -> dict:
     """What the judge says of a run, kept beside it."""
     path, study, made = folder / SCORE, study_hash(ablation_protocol(judge)), read_run(folder)
-    if path.exists() and (kept := json.loads(path.read_text()))["study"] == study:
+    if path.exists() and (kept := json.loads(path.read_text())).get("study") == study:
         return kept["measured"]
     measured = {"train_seconds": made["seconds"], "threads": made["threads"], "device": made["device"]}
     measured |= judge.measure(sample_student(load_run(folder), IMAGES, SAMPLING_SEED, progress=False))

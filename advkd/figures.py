@@ -125,11 +125,11 @@ def save_table(
 
 
 def keep_row(
-    row: dict, place: Callable[[dict], int | None], protocol: dict, folder: Path | str, name: str, shown: dict[str, str]
+    row: dict, place: Callable[[dict], object], protocol: dict, folder: Path | str, name: str, shown: dict[str, str]
 ) -> Path:
     """Put `row` at its `place` into `<name>.json`, for another that was there, and write the table; returns its path.
 
-    Rows without a place and rows that were judged in another way (`study_hash`) are dropped.
+    Rows whose place is None and rows that were judged in another way (`study_hash`) are dropped.
     """
     path, row = figures_folder(folder) / f"{name}.json", row | {"study": study_hash(protocol)}
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []

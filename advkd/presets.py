@@ -304,8 +304,6 @@ _RECIPES = {
         train_dtype="bfloat16",
     ),
 }
-# What depends on both: how wide, and on how many trajectories of which sampler. The paper's 20,000 trajectories of 1000
-# steps would take two CPU cores six hours on the digits, so these have 1,500 of 100.
 
 
 def _weights(image_size_px: int, channels: int) -> dict[str, float]:
@@ -319,6 +317,8 @@ def _weights(image_size_px: int, channels: int) -> dict[str, float]:
     return {"reconstruction_weight": round(0.1 * times**0.5, 2), "penalty_weight": round(0.1 * times, 2)}
 
 
+# What depends on both: how wide, and on how many trajectories of which sampler. The paper's 20,000 trajectories of 1000
+# steps would take two CPU cores six hours on the digits, so these have 1,500 of 100.
 _SCALES = {
     ("digits", "paper"): dict(widths=(16, 32), trajectories=1500, sampler="ddpm", sampler_steps=100),
     ("digits", "improved"): dict(widths=(44, 16), trajectories=5000, sampler="ddim", sampler_steps=50),

@@ -58,9 +58,9 @@ NEIGHBOURS_ASKED = 2000  # images whose nearest real image is looked for, pixel 
 
 
 class Judge:
-    """Asks how good samples are, on both splits of a preset's real images.
+    """Asks how good samples are, on all splits of a preset's real images (the glyphs have unseen fonts as a third).
 
-    Beside the train and held-out splits the glyphs have letters in two fonts that nobody trained on. Beside the feature space that recipes were chosen in there is one that was never looked at: a random network.
+    Beside the feature space that recipes were chosen in there is one that was never looked at: a random network.
     """
 
     def __init__(self, preset: Preset):
@@ -212,8 +212,7 @@ def quality(
         yield teacher_quality(judge, recipes[0], sampler, steps, count)
 
 
-def quality_place(row: dict) -> int:
-    """The place of a row of `quality` in its table."""
+def quality_place(row: dict) -> tuple[int, str, int]:
+    """The place of a row of `quality` in its table: students, teacher by sampler and steps, real images."""
     models = [("student", "improved"), ("student", "paper"), ("teacher", None), ("real", None)]
-    samplers = [(s, n) for s, n in SAMPLERS if row["model"] == "teacher"] or [(row["sampler"], row["steps"])]
-    return 100 * models.index((row["model"], row["recipe"])) + samplers.index((row["sampler"], row["steps"]))
+    return models.index((row["model"], row["recipe"])), row["sampler"], row["steps"]
