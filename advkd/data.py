@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from advkd.folder import CachedImages, load_folder
 from advkd.glyphs import FONTS, LETTERS, UNSEEN_FONTS, Classes, Glyphs
 from advkd.presets import LATENT_SIDE, Preset, UserError
 
@@ -17,14 +18,15 @@ FACTORS = {"digits": {"digit": 10}, "glyphs": {"letter": len(LETTERS), "font": l
 _SEED_STRIDE = 1_000_003  # more samples than any run draws, so that two seeds share no sample's random stream
 
 
-def load_images(preset: Preset, split: str) -> tuple[Tensor | Glyphs, Tensor | Classes]:
+def load_images(preset: Preset, split: str) -> tuple[Tensor | Glyphs | CachedImages, Tensor | Classes | None]:
     """Real images `(n, c, h, w)` in [-1, 1] and their class labels `(n,)`, to be indexed by a 1-D integer tensor.
 
     `split` is "train" or "heldout"; the glyphs have "unseen-fonts" too. The digits are scikit-learn's 1797 real handwritten digits (8 x 8, 17 grey levels),
     resized to 16 x 16 by bicubic interpolation. The split is a fixed permutation: 1197 train, 600 held out.
     The glyphs are rendered when they are asked for: ten million in the train split, the next ten thousand held out, the ten
     thousand after them in two fonts of their own (whose labels count these two fonts).
-    Raises UserError for an unknown split and for a preset whose images are not embedded.
+    A folder's images have no labels (None); see `folder.load_folder`.
+    Raises UserError for an unknown split and for a preset whose images are not embedded while none are given.
     """
     splits = ("train", "heldout", *(["unseen-fonts"] if preset.data == "glyphs" else []))
     if split not in splits:
@@ -34,10 +36,13 @@ def load_images(preset: Preset, split: str) -> tuple[Tensor | Glyphs, Tensor | C
         count = GLYPHS_TRAIN if split == "train" else GLYPHS_HELDOUT
         glyphs = Glyphs(preset.image_size_px, first, count, UNSEEN_FONTS if split == "unseen-fonts" else FONTS)
         return glyphs, glyphs.classes
-    if preset.data != "digits":
-        raise UserError(
-            f"the images of preset {preset.name!r} are not embedded; set real_share=0 to train without real images"
-        )
+    if preset.data == "folder":
+        if not preset.images:
+            raise UserError(
+                f"the images of preset {preset.name!r} are not embedded; give a folder of them (images=..., --images), "
+                "or train without real images (real_share=0)"
+            )
+        return load_folder(preset.images, preset.image_size_px, preset.channels, split), None
     from sklearn.datasets import load_digits  # slow to import, and only needed here
 
     digits = load_digits()
@@ -48,10 +53,10 @@ def load_images(preset: Preset, split: str) -> tuple[Tensor | Glyphs, Tensor | C
     return images[chosen], torch.from_numpy(digits.target)[chosen]
 
 
-def reference_images(preset: Preset, split: str, count: int = 10_000) -> tuple[Tensor, Tensor]:
+def reference_images(preset: Preset, split: str, count: int = 10_000) -> tuple[Tensor, Tensor | None]:
     """The first `count` real images of a split (all, where it has fewer) and their labels: what samples are compared with."""
     images, labels = load_images(preset, split)
-    return images[:count], labels[:count]
+    return images[:count], None if labels is None else labels[:count]
 
 
 def sample_generators(indices: Sequence[int], seed: int) -> list[torch.Generator]:

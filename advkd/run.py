@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 from advkd.data import load_images
+from advkd.devices import pick_device
 from advkd.discriminator import make_discriminator
 from advkd.files import (
     CHECKPOINT_EVERY,
@@ -31,7 +32,7 @@ from advkd.presets import Preset, UserError, config_hash
 from advkd.presets import asdict as preset_fields
 from advkd.student import Student
 from advkd.teacher import load_teacher
-from advkd.train_advkd import Plan, TrainRecord, pick_device, train_advkd
+from advkd.train_advkd import Plan, TrainRecord, train_advkd
 from advkd.trajectories import TrajectoryStore, generate_trajectories, trajectory_dir
 
 CHECKPOINT, CURVES, PIPELINE, RUN = "checkpoint.safetensors", "curves.csv", "student", "run.json"

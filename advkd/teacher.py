@@ -30,12 +30,16 @@ _FILES = ["*.json", "*.safetensors"]  # formats that cannot carry code
 
 @dataclass
 class Teacher:
-    """A pre-trained denoiser. `fingerprint` tells its weights and noise schedule apart from any other's."""
+    """A pre-trained denoiser. `fingerprint` tells its weights and noise schedule apart from any other's.
+
+    `revision` is the commit of the hub that they came from, None for a folder.
+    """
 
     unet: UNet2DModel
     scheduler: SchedulerMixin
     source: str
     fingerprint: str
+    revision: str | None = None
 
     @property
     def parameters(self) -> int:
@@ -75,7 +79,8 @@ def load_teacher(preset: Preset, source: str | None = None) -> Teacher:
         )
     schedule = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
     weights_and_schedule = fingerprint(unet.state_dict(), json.dumps(schedule, sort_keys=True, default=list))
-    return Teacher(unet.eval().requires_grad_(False), scheduler, source, weights_and_schedule)
+    revision = folder.name if folder.parent.name == "snapshots" else None
+    return Teacher(unet.eval().requires_grad_(False), scheduler, source, weights_and_schedule, revision)
 
 
 def _find(source: str, revision: str | None) -> Path:

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from advkd import losses
 from advkd.data import batch_generator
+from advkd.devices import pick_device
 from advkd.files import CHECKPOINT_EVERY, differences, load_checkpoint, read_checkpoint_state, save_checkpoint
 from advkd.presets import Preset, UserError, asdict
 from advkd.trajectories import TrajectoryStore, as_images
@@ -77,19 +78,6 @@ def train_advkd(
         if checkpoint and (record.step % CHECKPOINT_EVERY == 0 or record.step == loop.plan.steps):
             save_checkpoint(checkpoint, loop.modules, loop.optimizers, state | {"step": record.step})
     loop.finish()
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """The device called `name`; "auto" is the first of cuda, mps, cpu that exists. Raises UserError if `name` does not."""
-    there = {f"cuda:{i}": True for i in range(torch.cuda.device_count())}
-    there = {"cuda": bool(there)} | there | {"mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return torch.device(next(kind for kind, available in there.items() if available))
-    if not there.get(name):
-        raise UserError(
-            f"device {name!r} is not available here; available: {', '.join(k for k, v in there.items() if v)}"
-        )
-    return torch.device(name)
 
 
 def update_average(decay: float, average: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:

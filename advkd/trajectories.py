@@ -1,12 +1,16 @@
 """Noise to the teacher's states at the stages' times, and a memory-mapped, resumable store of them."""
 
 import json
-from collections.abc import Iterator, Sequence
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from accelerate.utils import find_executable_batch_size
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -15,23 +19,26 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from advkd.data import from_uint8, make_latent, sample_generators, sample_noise, seeded_noise, to_uint8
+from advkd.devices import pick_device, processes
 from advkd.files import differences, quiet, sha256, write_atomic, write_json
-from advkd.presets import Preset, UserError, config_hash, stage_times
+from advkd.presets import LATENT_SIDE, Preset, UserError, config_hash, stage_times
 from advkd.teacher import Teacher
 
 MANIFEST = "manifest.json"
+SAMPLERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpm-solver": DPMSolverMultistepScheduler}
+HALF_UP_TO_PX = 32  # noisy states of stages beyond are clamped to 8 bits: a head's tanh reaches no further
 
 
 def make_scheduler(teacher: Teacher, sampler: str, steps: int) -> SchedulerMixin:
     """The teacher's noise schedule as a diffusers scheduler with `steps` respaced steps that start at t = 999.
 
-    "ddpm" is ancestral (Ho et al. 2020), "ddim" deterministic (Song et al. 2021, eta = 0). Trailing spacing makes every
+    "ddpm" is ancestral (Ho et al. 2020), "ddim" deterministic (Song et al. 2021, eta = 0), "dpm-solver" deterministic and
+    of second order (DPM-Solver++, Lu et al. 2022). Trailing spacing makes every
     number of steps that divides 1000 and is a multiple of 10 pass exactly through Adv-KD's t = 999, 899, ..., 99.
     """
-    kinds = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}
-    if sampler not in kinds:
-        raise UserError(f"there is no sampler {sampler!r}; samplers: {', '.join(kinds)}")
-    scheduler = kinds[sampler].from_config(teacher.scheduler.config, timestep_spacing="trailing")
+    if sampler not in SAMPLERS:
+        raise UserError(f"there is no sampler {sampler!r}; samplers: {', '.join(SAMPLERS)}")
+    scheduler = SAMPLERS[sampler].from_config(teacher.scheduler.config, timestep_spacing="trailing")
     scheduler.set_timesteps(steps)
     return scheduler
 
@@ -44,14 +51,16 @@ def denoise(
 
     The U-Net runs in its own dtype, the state stays in float32. Ancestral noise comes from each sample's generator.
     """
-    unet = teacher.unet
-    xt = noise
+    unet, xt = teacher.unet, noise
+    ancestral = {"generator": list(generators)} if isinstance(scheduler, DDPMScheduler) else {}
+    scheduler.set_timesteps(scheduler.num_inference_steps)  # a solver of second order remembers its last trajectory
     for t in scheduler.timesteps:
-        prediction = unet(xt.to(unet.dtype, memory_format=torch.channels_last), t.expand(len(xt))).sample.float()
-        extra = {} if isinstance(scheduler, DDIMScheduler) else {"generator": list(generators)}
-        step = scheduler.step(prediction, t, xt, **extra)
+        shown = xt.to(unet.dtype, memory_format=torch.channels_last)
+        prediction = unet(shown, t.to(xt.device).expand(len(xt))).sample.float()
+        step = scheduler.step(prediction, t, xt, **ancestral)
         xt = step.prev_sample
-        yield int(t), xt, step.pred_original_sample
+        solver = isinstance(scheduler, DPMSolverMultistepScheduler)
+        yield int(t), xt, scheduler.model_outputs[-1] if solver else step.pred_original_sample
 
 
 def states(
@@ -70,31 +79,38 @@ def states(
 
 
 def sample_teacher(
-    teacher: Teacher, preset: Preset, sampler: str, steps: int, indices: Sequence[int], seed: int, progress: bool = True
+    teacher: Teacher,
+    preset: Preset,
+    sampler: str,
+    steps: int,
+    indices: Sequence[int],
+    seed: int,
+    progress: bool = True,
+    device: str = "auto",
 ) -> Tensor:
     """The teacher's images `(n, c, h, w)` in [-1, 1] for the samples `indices`."""
     scheduler, images = make_scheduler(teacher, sampler, steps), []
     bar = tqdm(total=len(indices), desc=f"teacher {sampler}-{steps}", unit="image", disable=quiet(progress))
-    with bar, _computing_in(teacher, preset.teacher_dtype):
+    with bar, _computing_in(teacher, preset.teacher_dtype, pick_device(device)):
         for start in range(0, len(indices), preset.shard_size):
             generators = sample_generators(indices[start : start + preset.shard_size], seed)
             noise = sample_noise(generators, preset.image_shape)
-            *_, (_, image, _) = denoise(teacher, noise, scheduler, generators)
-            images.append(image.clamp(-1, 1))
+            *_, (_, image, _) = denoise(teacher, noise.to(teacher.unet.device), scheduler, generators)
+            images.append(image.clamp(-1, 1).cpu())
             bar.update(len(image))
     return torch.cat(images)
 
 
 @contextmanager
-def _computing_in(teacher: Teacher, dtype: str) -> Iterator[None]:
-    """Within the block the teacher computes in another dtype, channels last; its float32 weights come back after it."""
+def _computing_in(teacher: Teacher, dtype: str, device: torch.device) -> Iterator[None]:
+    """Within the block the teacher computes there in that dtype, channels last; its float32 weights come back after it."""
     unet = teacher.unet
     float32 = {name: value.clone() for name, value in unet.state_dict().items()}
-    torch.nn.Module.to(unet, getattr(torch, dtype), memory_format=torch.channels_last)
+    torch.nn.Module.to(unet, device, getattr(torch, dtype), memory_format=torch.channels_last)
     try:
         yield
     finally:
-        torch.nn.Module.to(unet, torch.float32)
+        torch.nn.Module.to(unet, "cpu", torch.float32)
         unet.load_state_dict(float32)
 
 
@@ -103,75 +119,155 @@ def trajectory_config(teacher: Teacher, preset: Preset) -> dict:
     fields = (
         "trajectories sampler sampler_steps trajectory_seed image_size_px channels submodules teacher_dtype shard_size"
     )
-    return {"teacher_fingerprint": teacher.fingerprint} | {name: getattr(preset, name) for name in fields.split()}
+    config = {"teacher_fingerprint": teacher.fingerprint} | {name: getattr(preset, name) for name in fields.split()}
+    return config | ({} if set(preset.stored) == {"xt", "x0"} else {"stored": list(preset.stored)})
 
 
 def trajectory_dir(teacher: Teacher, preset: Preset) -> Path:
-    """Where the notebooks keep a preset's trajectories: `runs/<name>/trajectories-<sampler>-<hash>`, shared by its recipes."""
-    what = f"{preset.sampler}{preset.sampler_steps}-{preset.trajectories}"
+    """Where the notebooks keep a store: `runs/<name>/trajectories-<what>-<hash of the configuration>`."""
+    what = f"{preset.sampler.replace('-', '')}{preset.sampler_steps}-{preset.trajectories}"
     return Path("runs") / preset.name / f"trajectories-{what}-{config_hash(trajectory_config(teacher, preset))}"
 
 
+def sample_bytes(preset: Preset) -> int:
+    """Bytes that a trajectory takes on disk, without the few of its shard's header."""
+    targets = sum(
+        preset.channels * preset.resolution(k) ** 2 * _stored_as(target, preset.resolution(k)).itemsize
+        for k in range(preset.submodules)
+        for target in preset.stored
+    )
+    return targets + 2 * 4 * preset.channels * LATENT_SIDE**2
+
+
 def generate_trajectories(
-    teacher: Teacher, preset: Preset, folder: Path | str, progress: bool = True
+    teacher: Teacher, preset: Preset, folder: Path | str, progress: bool = True, device: str = "auto"
 ) -> "TrajectoryStore":
     """Run the teacher for samples 0..n-1 and store what the stages need; goes on where an earlier call stopped.
 
-    Every shard is one file, written atomically, of samples whose seeds follow from their indices alone: an interrupted
-    store ends byte-identical to an uninterrupted one (same machine, same number of threads). Raises UserError
-    naming the differing fields if `folder` holds a store of another configuration.
+    Every shard is one file, written atomically, of samples whose seeds follow from their indices alone. So one process,
+    several (`accelerate launch`: each takes its share of the shards) and an interrupted call that was made again end with
+    the same bytes, on the same hardware and with the same number of threads. Where a shard does not fit a GPU's memory, it is
+    sampled in smaller batches.
+    Raises UserError naming the differing fields if `folder` holds a store of another configuration, and if the disk is
+    too small.
     """
-    folder, config = Path(folder), trajectory_config(teacher, preset)
+    folder, config, (rank, count) = Path(folder), trajectory_config(teacher, preset), processes()
     manifest = _read_manifest(folder) or {
         "config_hash": config_hash(config),
         "config": config,
         "teacher": teacher.source,
+        "revision": teacher.revision,
         "shards": {},
     }
     if different := differences(manifest["config"], config):
         raise UserError(
             f"{folder} holds other trajectories ({'; '.join(different)}); choose another folder or remove it"
         )
-    scheduler = make_scheduler(teacher, preset.sampler, preset.sampler_steps)
     starts = range(0, preset.trajectories, preset.shard_size)
-    bar = tqdm(total=preset.trajectories, desc="trajectories", unit="image", disable=quiet(progress))
-    with bar, _computing_in(teacher, preset.teacher_dtype):
-        for number, start in enumerate(starts):
-            indices = range(start, min(start + preset.shard_size, preset.trajectories))
-            path = folder / f"shard-{number:05d}.safetensors"
-            if path.name not in manifest["shards"] or not path.exists():
-                tensors = _shard(teacher, preset, scheduler, indices)
-                write_atomic(path, lambda temporary, tensors=tensors: save_file(tensors, temporary))
-                manifest["shards"][path.name] = {"first": start, "count": len(indices), "sha256": sha256(path)}
-                write_json(folder / MANIFEST, manifest)
-            bar.update(len(indices))
+    ends = (*starts[1:], preset.trajectories)
+    shards = {f"shard-{n:05d}": range(*ends_of) for n, ends_of in enumerate(zip(starts, ends, strict=True))}
+    missing = {name: indices for name, indices in shards.items() if not _is_made(folder, name, manifest)}
+    if missing:
+        _check_disk(folder, sum(map(len, missing.values())) * sample_bytes(preset))
+        if not (folder / MANIFEST).exists():
+            write_json(folder / MANIFEST, manifest)
+        mine = {name: indices for number, (name, indices) in enumerate(shards.items()) if number % count == rank}
+        with _computing_in(teacher, preset.teacher_dtype, pick_device(device)):
+            _make_shards(teacher, preset, folder, mine, missing, progress and rank == 0)
+        _seal(folder, list(shards), rank)
     store = TrajectoryStore(folder)
     store.verify()
     return store
 
 
-def _shard(teacher: Teacher, preset: Preset, scheduler: SchedulerMixin, indices: range) -> dict[str, Tensor]:
+def _make_shards(
+    teacher: Teacher, preset: Preset, folder: Path, mine: dict[str, range], missing: dict[str, range], progress: bool
+) -> None:
+    scheduler = make_scheduler(teacher, preset.sampler, preset.sampler_steps)
+    of_batch = partial(_batch, teacher, preset, scheduler)
+    sample = find_executable_batch_size(_shard, preset.shard_size)  # halved when the memory of a GPU is too small
+    total, done = sum(map(len, mine.values())), sum(len(x) for name, x in mine.items() if name not in missing)
+    with tqdm(total=total, initial=done, desc="trajectories", unit="image", disable=quiet(progress)) as bar:
+        for name, indices in mine.items():
+            if name not in missing:
+                continue
+            path = folder / f"{name}.safetensors"
+            tensors = sample(of_batch, indices)
+            write_atomic(path, lambda temporary, tensors=tensors: save_file(tensors, temporary))
+            entry = {"first": indices.start, "count": len(indices), "sha256": sha256(path)}
+            write_json(path.with_suffix(".json"), entry)  # each process its own; they are gathered at the end
+            bar.update(len(indices))
+
+
+def _shard(batch_size: int, of_batch: Callable[[range], dict[str, Tensor]], indices: range) -> dict[str, Tensor]:
+    parts = [of_batch(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _batch(teacher: Teacher, preset: Preset, scheduler: SchedulerMixin, indices: range) -> dict[str, Tensor]:
     generators = sample_generators(indices, preset.trajectory_seed)
     noise = sample_noise(generators, preset.image_shape)
     tensors = {how: make_latent(noise, how) for how in ("block-mean", "shrink8bit")}
-    for k, (xt, x0) in enumerate(states(teacher, noise, scheduler, generators, preset.submodules)):
+    walk = states(teacher, noise.to(teacher.unet.device), scheduler, generators, preset.submodules)
+    for k, (xt, x0) in enumerate(walk):
         if not xt.isfinite().all():
             raise UserError(f"the teacher {teacher.source!r} gives values that are not finite; check its weights")
         size = preset.resolution(k)
-        tensors[f"xt_{k}"] = F.adaptive_avg_pool2d(xt, size).half()
-        tensors[f"x0_{k}"] = to_uint8(F.adaptive_avg_pool2d(x0, size))
+        for target, state in (("xt", xt), ("x0", x0)):
+            if target in preset.stored:
+                small = F.adaptive_avg_pool2d(state, size)
+                eight_bits = _stored_as(target, size) == torch.uint8
+                tensors[f"{target}_{k}"] = (to_uint8(small) if eight_bits else small.half()).cpu()
     return tensors
+
+
+def _stored_as(target: str, size_px: int) -> torch.dtype:
+    return torch.float16 if target == "xt" and size_px <= HALF_UP_TO_PX else torch.uint8
+
+
+def _check_disk(folder: Path, wanted: int) -> None:
+    there = next(f for f in (folder.absolute(), *folder.absolute().parents) if f.exists())
+    if (free := shutil.disk_usage(there).free) < wanted:
+        raise UserError(
+            f"the trajectories need {wanted / 1e9:.1f} GB more, but {folder} has {free / 1e9:.1f} GB free; make room, or "
+            "fewer trajectories"
+        )
+
+
+def _is_made(folder: Path, name: str, manifest: dict) -> bool:
+    file = f"{name}.safetensors"
+    return file in manifest["shards"] and (folder / file).exists()
+
+
+def _seal(folder: Path, names: list[str], rank: int) -> None:
+    """Wait until every process has made its shards; the first then gathers what it says of them in the manifest."""
+    while not all(_is_made(folder, name, manifest := _read_manifest(folder)) for name in names):
+        time.sleep(1)
+    if rank == 0:
+        write_json(folder / MANIFEST, manifest | {"shards": dict(sorted(manifest["shards"].items()))})
+        for name in names:
+            (folder / f"{name}.json").unlink(missing_ok=True)
 
 
 def _read_manifest(folder: Path) -> dict | None:
     path = folder / MANIFEST
+    # First the shards' own entries: whoever gathers them in the manifest writes it before they are removed.
+    entries = {file.stem: _read_json(file) for file in sorted(folder.glob("shard-*.json"))}
+    manifest = _read_json(path)
+    if manifest is not None:
+        if not {"config", "shards"} <= manifest.keys():
+            raise UserError(f"{path} is damaged (no config, no shards); remove {folder} and generate it again")
+        manifest["shards"] |= {f"{name}.safetensors": entry for name, entry in entries.items() if entry}
+    return manifest
+
+
+def _read_json(path: Path) -> dict | None:
     try:
-        manifest = json.loads(path.read_text()) if path.exists() else None
-        if manifest is not None and not {"config", "shards"} <= manifest.keys():
-            raise ValueError("no config, no shards")
-        return manifest
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); remove {folder} and generate it again") from error
+        raise UserError(f"{path} is damaged ({error}); remove {path.parent} and generate it again") from error
 
 
 def as_images(stored: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def test_ddim_is_deterministic_and_ddpm_is_seeded(teacher, improved):
 
 
 def test_unknown_sampler_is_refused(teacher):
-    with pytest.raises(UserError, match="no sampler 'euler'; samplers: ddpm, ddim"):
+    with pytest.raises(UserError, match="no sampler 'euler'; samplers: ddpm, ddim, dpm-solver"):
         make_scheduler(teacher, "euler", 10)
 
 
@@ -163,7 +163,10 @@ def test_an_interrupted_store_ends_byte_identical(tmp_path, monkeypatch, teacher
         patch.setattr(module, "states", interrupted)
         with pytest.raises(KeyboardInterrupt):
             generate_trajectories(teacher, improved, tmp_path)
-    assert len(contents(tmp_path)) == finished + 1
+    assert sorted(contents(tmp_path)) == [
+        "manifest.json",
+        *(f"shard-0000{n}.{kind}" for n in range(finished) for kind in ("json", "safetensors")),
+    ]
     with pytest.raises(UserError, match=f"holds {5 * finished} of 12 trajectories"):
         TrajectoryStore(tmp_path)
     with monkeypatch.context() as patch:
