@@ -11,6 +11,7 @@ import torch
 import torch_fidelity
 from torch import Tensor
 from torch.utils.data import Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from tqdm.auto import tqdm
 
@@ -244,6 +245,15 @@ def student_latency_ms(pipeline: StudentPipeline, batch: int = 1) -> float:
     student = pipeline.student.generator().eval()
     latent = torch.randn(batch, *student.latent_shape, device=student.device)
     return milliseconds(lambda: student(latent)) / batch
+
+
+@torch.inference_mode()
+def gflop_per_image(student: Student) -> float:
+    """Billions of floating-point operations of the deployable generator for one image, two for a multiplication and sum."""
+    generator = student.generator().eval()
+    with FlopCounterMode(display=False) as counter:
+        generator(torch.zeros(1, *generator.latent_shape, device=generator.device))
+    return counter.get_total_flops() / 1e9
 
 
 def teacher_latency_ms(teacher: Teacher, steps: int, batch: int = 1) -> float:

@@ -60,7 +60,10 @@ def test_help_lists_every_option_with_its_meaning(name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trajectories", "--preset", "mnist", "--out", "x"], "no preset 'mnist'; presets: digits, glyphs, celebahq, cifar10, lsun-church, lsun-bedroom"),
+        (
+            ["trajectories", "--preset", "mnist", "--out", "x"],
+            "no preset 'mnist'; presets: digits, glyphs, celebahq, cifar10, lsun-church, lsun-bedroom",
+        ),
         (["train", "--recipe", "best", "--out", "x"], "no recipe 'best'; recipes: paper, improved"),
         (["train", "--recipe", "paper", "--epochs", "0", "--out", "x"], "epochs is 0.0, but must be positive"),
         (["train", "--epochs", "5", "--out", "x"], "--epochs has no effect on recipe 'improved'"),
