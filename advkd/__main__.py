@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from advkd.presets import UserError, load_preset
+from advkd.presets import Preset, UserError, load_preset, own_preset
 
 
 class _Commands(click.Group):
@@ -41,7 +41,10 @@ def cli(threads: int | None):
         torch.set_num_threads(threads)
 
 
-PRESET = click.option("--preset", "name", default="digits", help="What to work on: digits, glyphs, celebahq.")
+PRESET = click.option("--preset", "name", default="digits", help="What to work on: digits, glyphs, celebahq, ...")
+OWN = click.option("--preset", "name", help="What to work on (default: digits; with --teacher, what fits the teacher).")
+IMAGES = click.option("--images", help="Real images: a folder (any depth; png, jpg, webp), or hf:OWNER/NAME.")
+DEVICE = click.option("--device", default="auto", help="auto, cuda, mps or cpu.")
 RECIPE = click.option("--recipe", default="improved", help="How to train the student: improved, paper.")
 OUT = click.option("--out", type=click.Path(path_type=Path), required=True, help="Where to write.")
 COUNT = click.option("--count", type=click.IntRange(1), default=5000, help="Number of images.")
@@ -122,23 +125,41 @@ def extractor(name: str, out: Path, steps: int, learning_rate: float, seed: int)
 
 
 @cli.command()
-@PRESET
+@OWN
 @RECIPE
 @OUT
-@click.option("--count", type=click.IntRange(1), help="Number of trajectories (default: the preset's).")
+@click.option("--count", "trajectories", type=click.IntRange(1), help="Number of trajectories (default: the preset's).")
+@click.option("--sampler", help="ddim, ddpm or dpm-solver (default: the preset's).")
+@click.option("--sampler-steps", type=click.IntRange(1), help="Steps of the sampler (default: the preset's).")
 @TEACHER
-def trajectories(name: str, recipe: str, out: Path, count: int | None, source: str | None):
-    """Run the teacher and store the states that the student learns from; goes on where it was interrupted."""
-    from advkd.teacher import load_teacher
+@DEVICE
+def trajectories(name: str | None, recipe: str, out: Path, source: str | None, device: str, **given):
+    """Run the teacher and store the states that the student learns from; goes on where it was interrupted.
+
+    In several processes, each on a device of its own: accelerate launch -m advkd trajectories ...
+    """
+    from advkd.teacher import load_teacher, teacher_shape
     from advkd.trajectories import generate_trajectories
 
-    preset = load_preset(name, recipe, **({"trajectories": count} if count else {}))
-    store = generate_trajectories(load_teacher(preset, source), preset, out)
+    preset = _experiment(name, recipe, given, (source, *teacher_shape(source)) if source else None)
+    store = generate_trajectories(load_teacher(preset, source), preset, out, device=device)
     click.echo(f"trajectories: {len(store)} in {out}")
 
 
+def _experiment(name: str | None, recipe: str, given: dict, own: tuple[str, int, int] | None) -> Preset:
+    """The preset that was named (digits, if nothing was), or one that fits a teacher of `own` (source, size, channels)."""
+    from advkd.student import describe
+
+    given = {field: value for field, value in given.items() if value is not None}
+    if name or not own:
+        return load_preset(name or "digits", recipe, **given)
+    preset = own_preset(*own, recipe, **given)
+    click.echo(describe(preset))
+    return preset
+
+
 @cli.command()
-@PRESET
+@OWN
 @RECIPE
 @click.option(
     "--trajectories",
@@ -147,36 +168,48 @@ def trajectories(name: str, recipe: str, out: Path, count: int | None, source: s
     help="A store to train on (default: OUT/trajectories, made first).",
 )
 @TEACHER
+@IMAGES
 @OUT
 @click.option("--resume", is_flag=True, help="Go on from an interrupted run in the same folder.")
 @click.option("--steps", type=click.IntRange(1), help="Optimizer steps (improved recipe).")
 @click.option("--epochs", type=float, help="Stage k trains for EPOCHS * (k + 1) epochs (paper recipe).")
 @click.option("--seed", type=click.IntRange(0), help="Seed of weights and batches.")
-@click.option("--device", default="auto", help="auto, cuda, mps or cpu.")
+@DEVICE
 def train(
-    name: str, recipe: str, store: Path | None, source: str | None, out: Path, resume: bool, device: str, **given
+    name: str | None,
+    recipe: str,
+    store: Path | None,
+    source: str | None,
+    out: Path,
+    resume: bool,
+    device: str,
+    **given,
 ):
-    """Distil the trajectories into a student."""
+    """Distil the trajectories into a student.
+
+    In several processes, which share each batch: accelerate launch -m advkd train ...
+    """
     from advkd.data import load_images
     from advkd.run import finish, train_run
-    from advkd.teacher import load_teacher
+    from advkd.teacher import load_teacher, teacher_shape
     from advkd.trajectories import TrajectoryStore, generate_trajectories
 
     if store and source:
         raise UserError("--teacher has made the --trajectories already; give one of the two")
-    preset = load_preset(name, recipe, **{field: value for field, value in given.items() if value is not None})
+    opened, own = TrajectoryStore(store) if store else None, (source, *teacher_shape(source)) if source else None
+    if opened:
+        opened.verify()
+        if not opened.teacher.startswith("assets/"):
+            own = opened.teacher, opened.config["image_size_px"], opened.config["channels"]
+    preset = _experiment(name, recipe, given, own)
     idle = {"joint": "epochs", "staged": "steps"}[preset.schedule]
     if given[idle] is not None:
         raise UserError(f"--{idle} has no effect on recipe {recipe!r}, whose schedule is {preset.schedule!r}")
-    if source:
-        preset = preset.replace(teacher=source)
-    if store is None:
-        opened = generate_trajectories(load_teacher(preset, source), preset, out / "trajectories")
+    if opened:
+        preset = preset.replace(teacher=opened.teacher, **opened.made_with())
     else:
-        opened = TrajectoryStore(store)
-        opened.verify()
-        made_with = ("trajectories", "sampler", "sampler_steps", "trajectory_seed", "teacher_dtype", "shard_size")
-        preset = preset.replace(teacher=opened.teacher, **{field: opened.config[field] for field in made_with})
+        preset = preset.replace(teacher=source or preset.teacher)
+        opened = generate_trajectories(load_teacher(preset), preset, out / "trajectories", device=device)
     images = load_images(preset, "train")[0] if preset.real_share else None
     last = finish(train_run(preset, opened, out, images=images, resume=resume, device=device))
     click.echo(f"student: {out / 'student'}, {last.step} steps, {last.images_seen} images seen")

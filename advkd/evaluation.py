@@ -20,7 +20,7 @@ from advkd.extractor import FEATURES, Extractor, load_extractor, register
 from advkd.files import first_line, quiet, sha256
 from advkd.pipeline import StudentPipeline
 from advkd.presets import ASSETS, UserError
-from advkd.student import count_parameters
+from advkd.student import Student, count_parameters
 from advkd.teacher import Teacher
 
 INCEPTION = "inception-v3-compat"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from advkd.data import block_mean
-from advkd.presets import LATENT_SIDE, Preset, UserError, resolution
+from advkd.presets import LATENT_SIDE, Preset, UserError, resolution, stage_times
 
 
 class Conv(nn.Sequential):
@@ -193,6 +193,21 @@ def parameters(preset: Preset) -> int:
     """Number of parameters of the preset's student."""
     with torch.device("meta"):  # shapes without weights
         return count_parameters(Student.from_preset(preset))
+
+
+def describe(preset: Preset) -> str:
+    """What a preset's student is, a line for each submodule: its image's side, what it imitates, its parameters."""
+    with torch.device("meta"):
+        stages = Student.from_preset(preset).stages
+    times = [f"t = {t}" for t in stage_times(preset.submodules)] + ["the final image"]
+    lines = [
+        f"{preset.name}: {preset.channels} x {preset.image_size_px} x {preset.image_size_px}, recipe {preset.recipe}, "
+        f"{parameters(preset):,} parameters"
+    ]
+    for k, (stage, time) in enumerate(zip(stages, times, strict=True)):
+        own, head = count_parameters(stage.layers), count_parameters(stage.terminal)
+        lines.append(f"  submodule {k}: {preset.resolution(k)} px, {time}, {own:,} parameters + {head:,} of its head")
+    return "\n".join(lines)
 
 
 def match_parameters(preset: Preset, wanted: int) -> Preset:

@@ -83,6 +83,17 @@ def load_teacher(preset: Preset, source: str | None = None) -> Teacher:
     return Teacher(unet.eval().requires_grad_(False), scheduler, source, weights_and_schedule, revision)
 
 
+def teacher_shape(source: str) -> tuple[int, int]:
+    """Side in pixels and channels of the images of the teacher at `source`; see `load_teacher` for what it may be."""
+    folder = _find(source, None)
+    path = (folder / "unet" if (folder / "unet").is_dir() else folder) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return int(config["sample_size"]), int(config["in_channels"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"teacher {source!r} has no UNet2DModel that tells its size ({path}: {error})") from error
+
+
 def _find(source: str, revision: str | None) -> Path:
     """The folder of a teacher: the package's own, a local one, the hub's cache, the hub; in this order."""
     if source.startswith("assets/") and (ASSETS.parent / source).is_dir():

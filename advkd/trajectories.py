@@ -293,6 +293,12 @@ class TrajectoryStore:
     def __len__(self) -> int:
         return self.config["trajectories"]
 
+    def made_with(self) -> dict:
+        """The fields of a preset that the store was made with."""
+        fields = "trajectories sampler sampler_steps trajectory_seed teacher_dtype shard_size"
+        made = {field: self.config[field] for field in fields.split()}
+        return made | {"stored": tuple(self.config.get("stored", ("xt", "x0")))}
+
     def column(self, name: str) -> Tensor:
         """One stored quantity of all trajectories, as stored: "block-mean", "shrink8bit", "xt_<k>" or "x0_<k>"."""
         parts = []

@@ -1,0 +1,144 @@
+"""A folder of images, decoded once into a memory-mapped cache."""
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from advkd.files import first_line, quiet, write_json
+from advkd.presets import UserError, config_hash
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+UNREADABLE_SHARE = 0.01  # of the files; more of them are an error
+HELDOUT_SHARE, HELDOUT_MOST = 0.1, 10_000
+CHUNK = 1024  # images between two states that an interrupted decoding goes on from
+HUB = "hf:"  # what a data set of the hub begins with
+_UNREADABLE = (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError)
+
+
+class CachedImages:
+    """Some images of a cache: `(n, c, h, w)` in [-1, 1] once indexed by a slice or a 1-D integer tensor."""
+
+    def __init__(self, pixels: np.ndarray, chosen: np.ndarray):
+        self.pixels, self.chosen = pixels, chosen
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, indices: slice | Tensor) -> Tensor:
+        rows = self.chosen[indices if isinstance(indices, slice) else indices.numpy()]
+        return torch.from_numpy(self.pixels[rows]).float() / 127.5 - 1
+
+
+def load_folder(source: str, size_px: int, channels: int, split: str) -> CachedImages:
+    """The train or held-out images of a folder (any depth; png, jpg, webp) or of a data set of the hub ("hf:owner/name").
+
+    Each is cropped to its central square and resized to `size_px`, in grey where `channels` is 1. A tenth is held out
+    (at most 10,000), by a permutation that the number of images alone determines. Decoded once, into
+    `runs/images/`; what cannot be read is listed there and left out. Raises UserError for a source without images, and where
+    more than 1 % of the files cannot be read.
+    """
+    pixels = open_cache(source, size_px, channels)
+    order = np.random.RandomState(0).permutation(len(pixels))
+    held = min(HELDOUT_MOST, int(len(pixels) * HELDOUT_SHARE))
+    return CachedImages(pixels, np.sort(order[:held] if split == "heldout" else order[held:]))
+
+
+def open_cache(source: str, size_px: int, channels: int) -> np.ndarray:
+    """All readable images of a source, uint8 `(n, c, h, w)`, as a memory map; decodes them if that was not done yet."""
+    names, identity, read = _hub_images(source) if source.startswith(HUB) else _files(source)
+    made_from = {"source": identity, "size_px": size_px, "channels": channels}
+    folder = Path("runs") / "images" / config_hash(made_from)
+    index, file = folder / "index.json", folder / "images.u8"
+    if not index.exists():
+        _decode(names, lambda name: _pixels(read(name), size_px, channels), folder, source)
+    found = json.loads(index.read_text(encoding="utf-8"))
+    if unreadable := found["unreadable"]:
+        warnings.warn(
+            f"{len(unreadable)} of {len(names)} images cannot be read; they are listed in {index}", stacklevel=3
+        )
+    return np.memmap(file, np.uint8, "r", shape=(found["images"], channels, size_px, size_px))
+
+
+def _files(source: str) -> tuple[list[str], object, Callable[[str], Image.Image]]:
+    root = Path(source)
+    if not root.is_dir():
+        raise UserError(f"images {source!r} is not a folder; give one with png, jpg or webp files, or hf:OWNER/NAME")
+    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not paths:
+        raise UserError(f"there are no images in {source!r} (looked for {', '.join(SUFFIXES)}, at any depth)")
+    names = [p.relative_to(root).as_posix() for p in paths]
+    stats = [p.stat() for p in paths]
+    identity = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats, strict=True)]
+    return names, identity, lambda name: Image.open(root / name)
+
+
+def _hub_images(source: str) -> tuple[list[str], object, Callable[[str], Image.Image]]:
+    try:
+        from datasets import Image as ImageFeature
+        from datasets import load_dataset
+    except ImportError as error:
+        raise UserError(f"images {source!r} need the package datasets: pip install 'advkd[datasets]'") from error
+    try:
+        data = load_dataset(source.removeprefix(HUB), split="train")
+    except (OSError, ValueError) as error:
+        raise UserError(f"images {source!r} cannot be loaded: {first_line(error)}") from error
+    columns = [name for name, feature in data.features.items() if isinstance(feature, ImageFeature)]
+    if not columns:
+        raise UserError(f"images {source!r} have no column of images; columns: {', '.join(data.features)}")
+    return [str(i) for i in range(len(data))], data._fingerprint, lambda name: data[int(name)][columns[0]]
+
+
+def _pixels(image: Image.Image, size_px: int, channels: int) -> np.ndarray:
+    """The central square of an image as uint8 `(c, size_px, size_px)`."""
+    with image:
+        image.draft(None, (2 * size_px, 2 * size_px))  # large jpegs are decoded at a fraction of their size
+        upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+        square = ImageOps.fit(upright, (size_px, size_px), Image.Resampling.LANCZOS)
+    return np.asarray(square).reshape(size_px, size_px, channels).transpose(2, 0, 1)
+
+
+def _decode(names: Sequence[str], read: Callable[[str], np.ndarray], folder: Path, source: str) -> None:
+    """Write all images one after the other; goes on where an earlier call stopped."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file, progress = folder / "images.u8", folder / "progress.json"
+    state = {"done": 0, "bytes": 0, "images": 0, "unreadable": []}
+    if progress.exists():
+        state = json.loads(progress.read_text(encoding="utf-8"))
+    with open(file, "ab") as out, ThreadPoolExecutor(os.cpu_count()) as pool:
+        out.truncate(state["bytes"])
+        bar = tqdm(total=len(names), initial=state["done"], desc="decode", unit="image", disable=quiet(True))
+        for start in range(state["done"], len(names), CHUNK):
+            chunk = names[start : start + CHUNK]
+            for name, pixels in zip(chunk, pool.map(lambda name: _or_none(read, name), chunk), strict=True):
+                if pixels is None:
+                    state["unreadable"].append(name)
+                    continue
+                state["bytes"] += out.write(pixels.tobytes())
+                state["images"] += 1
+            out.flush()
+            os.fsync(out.fileno())
+            write_json(progress, state | {"done": start + len(chunk)})
+            bar.update(len(chunk))
+        bar.close()
+    if len(state["unreadable"]) > UNREADABLE_SHARE * len(names):
+        shown = ", ".join(state["unreadable"][:5])
+        progress.unlink()  # so that the files can be mended and read again
+        raise UserError(f"{len(state['unreadable'])} of {len(names)} images in {source!r} cannot be read: {shown}, ...")
+    write_json(folder / "index.json", {"source": source, "images": state["images"], "unreadable": state["unreadable"]})
+    progress.unlink()
+
+
+def _or_none(read: Callable[[str], np.ndarray], name: str) -> np.ndarray | None:
+    try:
+        return read(name)
+    except _UNREADABLE:
+        return None
