@@ -143,7 +143,15 @@ def trajectories(name: str | None, recipe: str, out: Path, source: str | None, d
 
     preset = _experiment(name, recipe, given, (source, *teacher_shape(source)) if source else None)
     store = generate_trajectories(load_teacher(preset, source), preset, out, device=device)
-    click.echo(f"trajectories: {len(store)} in {out}")
+    _say(f"trajectories: {len(store)} in {out}")
+
+
+def _say(text: str) -> None:
+    """Print it, once: of several processes, the first does."""
+    from advkd.devices import processes
+
+    if processes()[0] == 0:
+        click.echo(text)
 
 
 def _experiment(name: str | None, recipe: str, given: dict, own: tuple[str, int, int] | None) -> Preset:
@@ -154,7 +162,7 @@ def _experiment(name: str | None, recipe: str, given: dict, own: tuple[str, int,
     if name or not own:
         return load_preset(name or "digits", recipe, **given)
     preset = own_preset(*own, recipe, **given)
-    click.echo(describe(preset))
+    _say(describe(preset))
     return preset
 
 
@@ -212,7 +220,7 @@ def train(
         opened = generate_trajectories(load_teacher(preset), preset, out / "trajectories", device=device)
     images = load_images(preset, "train")[0] if preset.real_share else None
     last = finish(train_run(preset, opened, out, images=images, resume=resume, device=device))
-    click.echo(f"student: {out / 'student'}, {last.step} steps, {last.images_seen} images seen")
+    _say(f"student: {out / 'student'}, {last.step} steps, {last.images_seen} images seen")
 
 
 @cli.command()

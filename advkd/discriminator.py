@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from advkd.devices import batch_variance
 from advkd.presets import Preset
 
 
@@ -66,7 +67,7 @@ class UnconditionalDiscriminator(nn.Module):
     def forward(self, image: Tensor, latent: Tensor | None = None) -> Tensor:
         """Logits `(b,)`: large for images that belong to the teacher or the data."""
         features = self.image(image).flatten(1)
-        spread = (features.var(dim=0, correction=0) + 1e-8).sqrt().mean().expand(len(features), 1)
+        spread = (batch_variance(features) + 1e-8).sqrt().mean().expand(len(features), 1)
         return self.joint(torch.cat([features, spread], dim=1)).squeeze(1)
 
 

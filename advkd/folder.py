@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from advkd.devices import processes
 from advkd.files import first_line, quiet, write_json
 from advkd.presets import UserError, config_hash
 
@@ -58,7 +60,10 @@ def open_cache(source: str, size_px: int, channels: int) -> np.ndarray:
     made_from = {"source": identity, "size_px": size_px, "channels": channels}
     folder = Path("runs") / "images" / config_hash(made_from)
     index, file = folder / "index.json", folder / "images.u8"
-    if not index.exists():
+    while not index.exists():
+        if processes()[0]:  # of several processes, the first one decodes
+            time.sleep(1)
+            continue
         _decode(names, lambda name: _pixels(read(name), size_px, channels), folder, source)
     found = json.loads(index.read_text(encoding="utf-8"))
     if unreadable := found["unreadable"]:

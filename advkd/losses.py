@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from advkd.devices import all_mean, batch_softmax
+
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """Logistic loss of the critic, E softplus(-D(real)) + E softplus(D(fake)), of logits `(b,)`."""
@@ -21,7 +23,7 @@ def generator_loss(fake_logits: Tensor, how: str = "non-saturating") -> Tensor:
     which punishes images that the student leaves out. Both have the gradient -1/2 where the critic is undecided.
     """
     if how == "forward-kl":
-        return -(fake_logits.detach().softmax(0) * fake_logits).sum() / 2
+        return -(batch_softmax(fake_logits.detach()) * fake_logits).sum() / 2
     return F.softplus(-fake_logits).mean()
 
 
@@ -59,7 +61,9 @@ def feature_loss(layers: nn.Sequential, images: Tensor, targets: Tensor) -> Tens
     with torch.no_grad():
         wanted = list(_activations(layers, targets))
     found = _activations(layers, images)
-    distances = [F.l1_loss(x.float(), y.float()) / y.float().abs().mean() for x, y in zip(found, wanted, strict=True)]
+    distances = [
+        F.l1_loss(x.float(), y.float()) / all_mean(y.float().abs().mean()) for x, y in zip(found, wanted, strict=True)
+    ]
     return sum(distances) / len(distances)
 
 

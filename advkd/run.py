@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 from advkd.data import load_images
-from advkd.devices import pick_device
+from advkd.devices import pick_device, processes
 from advkd.discriminator import make_discriminator
 from advkd.files import (
     CHECKPOINT_EVERY,
@@ -57,7 +57,7 @@ def train_run(
     """Train the preset's student in `folder`; yields all its records, those of an earlier, interrupted call first.
 
     The folder then holds `student/` (a StudentPipeline), `curves.csv`, TensorBoard events in `logs/`, the checkpoint and
-    `run.json`: preset, configuration of the trajectories, device, threads, wall-clock seconds. A finished run is only read. Raises UserError when
+    `run.json`: preset, configuration of the trajectories, device, threads, processes, wall-clock seconds. A finished run is only read. Raises UserError when
     the folder holds another run or, without `resume`, when it holds any.
     """
     folder = Path(folder)
@@ -71,8 +71,11 @@ def train_run(
         earlier = read_curves(folder)[: read_checkpoint_state(folder / CHECKPOINT)["step"]]
         yield from earlier
     spent = (read_run(folder) or {}).get("seconds", 0.0) if earlier else 0.0
+    rank, count = processes()
     about = this | {"device": str(pick_device(device)), "threads": torch.get_num_threads()}
-    write_json(folder / RUN, about | {"seconds": spent})
+    about |= {"processes": count} if count > 1 else {}
+    if rank == 0:
+        write_json(folder / RUN, about | {"seconds": spent})
     student, records = Student.from_preset(preset), list(earlier)
     steps = train_advkd(
         student,
@@ -84,6 +87,9 @@ def train_run(
         resume=resume,
         device=device,
     )
+    if rank:  # the first process keeps the folder
+        yield from steps
+        return
     total = Plan(preset, len(trajectories)).steps
     bar = tqdm(total=total, initial=len(earlier), desc=f"train {preset.recipe}", unit="step", disable=quiet(progress))
     start = time.perf_counter() - spent

@@ -1,5 +1,6 @@
 """Adv-KD's adversarial training: the paper's stage-by-stage recipe and the improved joint one, in one loop."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -12,10 +13,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from advkd import losses
 from advkd.data import batch_generator
-from advkd.devices import pick_device
+from advkd.devices import all_mean, average_gradients, free_bytes, join, pick_device, with_global_batches
 from advkd.files import CHECKPOINT_EVERY, differences, load_checkpoint, read_checkpoint_state, save_checkpoint
 from advkd.presets import Preset, UserError, asdict
-from advkd.trajectories import TrajectoryStore, as_images
+from advkd.trajectories import Column, TrajectoryStore, as_images
+
+READ_EVERY = 50  # steps whose records are read from a GPU at once
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ def train_advkd(
     `make_critic(k)` gives a new critic `(image, latent) -> logits` for submodule k. `images` `(n, c, h, w)` in [-1, 1]
     are real training images, wanted where `preset.real_share > 0`. `checkpoint` is a file written every 500 steps and
     after the last; with `resume` training goes on from it and gives the weights of a run that was not stopped.
+    Several processes (`accelerate launch`) share every batch and end with the weights of one, to rounding; the first
+    writes. A GPU is never waited for but every 50 steps, when their records are read.
     Raises UserError if the checkpoint was made with another preset and if a loss is not finite.
     """
     if preset.real_share and images is None:
@@ -72,11 +77,15 @@ def train_advkd(
             raise UserError(f"{checkpoint} belongs to another preset ({'; '.join(different)})")
         loop.enter_stage(loop.plan.stage_of(max(state["step"] - 1, 0)))
         load_checkpoint(checkpoint, loop.modules, loop.optimizers)
+    made = []
     for step in range(state["step"], loop.plan.steps):
-        record = loop.step(step)
-        yield record  # first, so that the caller's log is never behind the checkpoint
-        if checkpoint and (record.step % CHECKPOINT_EVERY == 0 or record.step == loop.plan.steps):
-            save_checkpoint(checkpoint, loop.modules, loop.optimizers, state | {"step": record.step})
+        made.append(loop.step(step))
+        due = (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == loop.plan.steps
+        if due or len(made) == (1 if device.type == "cpu" else READ_EVERY):
+            yield from loop.records(made)  # first, so that the caller's log is never behind the checkpoint
+            made.clear()
+        if checkpoint and due and loop.rank == 0:
+            save_checkpoint(checkpoint, loop.modules, loop.optimizers, state | {"step": step + 1})
     loop.finish()
 
 
@@ -144,12 +153,29 @@ class Plan:
         return self.preset.learning_rate * (min(1.0, (self.steps - step) / falling) if falling else 1.0)
 
 
+@dataclass
+class _Made:
+    """What a step left on the device: the numbers of its record, in their order."""
+
+    step: int
+    penalised: bool
+    values: Tensor
+
+
 class _Loop:
     """What a step needs: modules, optimizers and data on the device."""
 
     def __init__(self, student, make_critic, trajectories, preset, images, device):
         self.student, self.make_critic, self.preset, self.device = student, make_critic, preset, device
+        self.rank, self.count = join()
         self.plan = Plan(preset, len(trajectories))
+        for k in self.plan.stages:
+            if uneven := [n for n in self._parts(k) if n % self.count]:
+                raise UserError(
+                    f"a batch has {', '.join(map(str, self._parts(k)))} images (all, with a trajectory, shown as the teacher's) "
+                    f"at stage {k}, but {uneven[0]} cannot be shared by {self.count} processes; change batch_sizes"
+                )
+        with_global_batches(student)
         student.train().requires_grad_(True).to(memory_format=torch.channels_last)
         self.modules: dict[str, nn.Module] = {"student": student}
         self.store = trajectories
@@ -162,8 +188,10 @@ class _Loop:
         """A fresh critic, fresh optimizers and a fresh moving average; submodules beyond `k` are frozen."""
         p, self.stage = self.preset, k
         heads = range(k + 1) if p.reconstruction_weight else [k]
-        self.targets = {i: self.store.column(f"{p.target}_{i}").to(self.device) for i in heads}
-        critic = self.make_critic(k).to(self.device, memory_format=torch.channels_last).train()
+        self.targets = {i: self.store.column(f"{p.target}_{i}") for i in heads}
+        if sum(column.nbytes for column in self.targets.values()) < free_bytes(self.device) / 2:
+            self.targets = {i: column[:].to(self.device) for i, column in self.targets.items()}
+        critic = with_global_batches(self.make_critic(k)).to(self.device, memory_format=torch.channels_last).train()
         for i, submodule in enumerate(self.student.stages):
             submodule.requires_grad_(i <= k)
         self.modules["critic"] = critic
@@ -177,8 +205,15 @@ class _Loop:
             "critic_optimizer": torch.optim.Adam(critic.parameters(), **adam),
         }
 
-    def step(self, step: int) -> TrainRecord:
-        """One critic update, then one student update, on the same images of the student."""
+    def _parts(self, k: int) -> tuple[int, int, int]:
+        """Images of a batch: all; those with a trajectory; how many are the teacher's among what the critic is told is real."""
+        total = self.preset.batch_size(k)
+        paired = total if self.preset.schedule == "staged" else total - round(total * self.preset.fresh_share)
+        return total, paired, total - round(total * self.preset.real_share)
+
+    def step(self, step: int) -> "_Made":
+        """One critic update, then one student update, on the same images of the student; of several processes, each has
+        its share of the batch."""
         p, plan = self.preset, self.plan
         k = plan.stage_of(step)
         if plan.is_first(step):
@@ -186,12 +221,11 @@ class _Loop:
         for optimizer in self.optimizers.values():
             optimizer.param_groups[0]["lr"] = plan.learning_rate(step)
         generator = batch_generator(p.seed, step, 1)
-        batch = plan.batch(step).to(self.device)
-        fresh = p.batch_size(k) - len(batch)
-        latents = torch.cat([self.latents[batch], self._randn(generator, fresh, *self.latents.shape[1:])]).contiguous(
-            memory_format=torch.channels_last
-        )
-        targets = {i: as_images(column[batch]) for i, column in self.targets.items()}
+        total, paired, _ = self._parts(k)
+        batch = self._mine(plan.batch(step))
+        fresh = self._randn(generator, (total - paired) // self.count, *self.latents.shape[1:])
+        latents = torch.cat([self.latents[batch.to(self.device)], fresh]).contiguous(memory_format=torch.channels_last)
+        targets = {i: self._rows(column, batch) for i, column in self.targets.items()}
         with self._autocast():
             images = (
                 self.student.images(latents, k, first=len(batch))
@@ -199,26 +233,49 @@ class _Loop:
                 else [self.student(latents, k)]
             )
         fake = images[-1].float()
-        real = self._real(targets[k], len(fake), k, generator)
+        real = self._real(targets[k], k, generator)
         real, shown = self._veil(real, generator), self._veil(fake.detach(), generator)
         critic_loss, penalty, critic_gradient = self._train_critic(real, shown, latents, generator, step)
         student_loss, l1, student_gradient = self._train_student(images, self._veil(fake, generator), latents, targets)
-        if not torch.isfinite(critic_loss + student_loss + critic_gradient + student_gradient):
-            raise UserError(
-                f"a loss or gradient is not finite at step {step + 1} (stage {k}); the last checkpoint is kept"
-            )
-        values = (x if x is None else float(x) for x in (critic_loss, student_loss, l1, penalty))
-        record = dict(zip(("critic_loss", "student_loss", "reconstruction_loss", "penalty"), values, strict=True))
-        gradients = {"critic_gradient": float(critic_gradient), "student_gradient": float(student_gradient)}
-        return TrainRecord(step + 1, k, plan.images_seen(step), **record, **gradients)
+        missing = critic_loss.new_tensor(torch.nan)
+        values = (
+            critic_loss,
+            student_loss,
+            l1,
+            missing if penalty is None else penalty,
+            critic_gradient,
+            student_gradient,
+        )
+        return _Made(step, penalty is not None, all_mean(torch.stack(values)))
 
-    def _real(self, targets: Tensor, count: int, k: int, generator: torch.Generator) -> Tensor:
+    def records(self, made: list["_Made"]) -> Iterator[TrainRecord]:
+        """What was made, read from the device. Raises UserError at the first loss or gradient that is not finite."""
+        for one, values in zip(made, torch.stack([one.values for one in made]).tolist(), strict=True):
+            critic_loss, student_loss, l1, penalty, *gradients = values
+            k = self.plan.stage_of(one.step)
+            if not all(map(math.isfinite, (critic_loss, student_loss, *gradients))):
+                raise UserError(
+                    f"a loss or gradient is not finite at step {one.step + 1} (stage {k}); the last checkpoint is kept"
+                )
+            seen = self.plan.images_seen(one.step)
+            losses_of = critic_loss, student_loss, l1, penalty if one.penalised else None
+            yield TrainRecord(one.step + 1, k, seen, *losses_of, *gradients)
+
+    def _mine(self, whole: Tensor) -> Tensor:
+        """This process' share of what belongs to a batch."""
+        return whole[self.rank :: self.count]
+
+    def _rows(self, column: Tensor | Column, indices: Tensor) -> Tensor:
+        where = self.device if isinstance(column, Tensor) else "cpu"
+        return as_images(column[indices.to(where)].to(self.device, non_blocking=True))
+
+    def _real(self, targets: Tensor, k: int, generator: torch.Generator) -> Tensor:
         """What the critic is told is real: this batch's targets, topped up with other trajectories and real images."""
-        from_data = round(count * self.preset.real_share)
-        others = torch.randint(len(self.store), (count - from_data,), generator=generator)[len(targets) :]
-        parts = [targets[: count - from_data], as_images(self.targets[k][others.to(self.device)])]
-        if from_data:
-            chosen = torch.randint(len(self.images), (from_data,), generator=generator)
+        total, paired, teachers = self._parts(k)
+        others = torch.randint(len(self.store), (teachers,), generator=generator)[paired:]
+        parts = [targets[: teachers // self.count], self._rows(self.targets[k], self._mine(others))]
+        if from_data := total - teachers:
+            chosen = self._mine(torch.randint(len(self.images), (from_data,), generator=generator))
             parts.append(F.adaptive_avg_pool2d(self.images[chosen].to(self.device), targets.shape[-1]))
         return torch.cat(parts).contiguous(memory_format=torch.channels_last)
 
@@ -240,6 +297,7 @@ class _Loop:
         total = loss if penalty is None else loss + p.penalty_weight * p.penalty_every * penalty
         optimizer.zero_grad(set_to_none=True)
         total.backward()
+        average_gradients(critic.parameters())
         gradient = torch.nn.utils.get_total_norm([q.grad for q in critic.parameters() if q.grad is not None])
         optimizer.step()
         if p.penalty == "gp+clip":
@@ -251,8 +309,8 @@ class _Loop:
     def _penalty(self, critic, real, fake, generator) -> Tensor:
         if self.preset.penalty == "r1":
             return losses.r1_penalty(critic, real)
-        weight = torch.rand(len(real), 1, 1, 1, generator=generator).to(self.device)
-        return losses.gradient_penalty(critic, real, fake, weight)
+        weight = self._mine(torch.rand(len(real) * self.count, 1, 1, 1, generator=generator))
+        return losses.gradient_penalty(critic, real, fake, weight.to(self.device))
 
     def _train_student(self, images, fake, latents, targets):
         """The adversarial loss of the last image, and L1 of the supervised heads on the paired part of the batch."""
@@ -274,6 +332,7 @@ class _Loop:
                 total = total + p.feature_weight * losses.feature_loss(critic.image, *pair)
         optimizer.zero_grad(set_to_none=True)
         total.backward()
+        average_gradients(self.student.parameters())
         gradient = torch.nn.utils.get_total_norm([q.grad for q in self.student.parameters() if q.grad is not None])
         optimizer.step()
         critic.requires_grad_(True)
@@ -281,8 +340,8 @@ class _Loop:
             self.modules["average"].update_parameters(self.student)
         return total.detach(), l1.detach(), gradient
 
-    def _randn(self, generator: torch.Generator, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(self.device)
+    def _randn(self, generator: torch.Generator, count: int, *shape: int) -> Tensor:
+        return self._mine(torch.randn(count * self.count, *shape, generator=generator)).to(self.device)
 
     def _autocast(self):
         dtype = getattr(torch, self.preset.train_dtype)

@@ -275,6 +275,25 @@ def as_images(stored: Tensor) -> Tensor:
     return from_uint8(stored) if stored.dtype == torch.uint8 else stored.float().clamp(-1, 1)
 
 
+class Column:
+    """One stored quantity of all trajectories, memory-mapped: a row is read when it is asked for.
+
+    Indexed by a 1-D integer tensor or a slice it gives a tensor `(n, ...)`, as stored.
+    """
+
+    def __init__(self, parts: list[Tensor]):
+        self.parts, self.nbytes = parts, sum(part.nbytes for part in parts)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, indices: slice | Tensor) -> Tensor:
+        if isinstance(indices, slice):
+            return torch.cat(self.parts)[indices]
+        size = len(self.parts[0])  # of every shard but the last
+        return torch.stack([self.parts[i // size][i % size] for i in indices.tolist()])
+
+
 class TrajectoryStore:
     """Trajectories on disk: opened by memory map, nothing is read before a column of it is asked for."""
 
@@ -299,25 +318,25 @@ class TrajectoryStore:
         made = {field: self.config[field] for field in fields.split()}
         return made | {"stored": tuple(self.config.get("stored", ("xt", "x0")))}
 
-    def column(self, name: str) -> Tensor:
+    def column(self, name: str) -> Column:
         """One stored quantity of all trajectories, as stored: "block-mean", "shrink8bit", "xt_<k>" or "x0_<k>"."""
         parts = []
         for file in sorted(self.shards):
             with safe_open(self.folder / file, "pt") as shard:
                 parts.append(shard.get_tensor(name))
-        return torch.cat(parts)
+        return Column(parts)
 
     def latents(self, how: str) -> Tensor:
         """The student's inputs, float32; see `make_latent`. The full noise `(n, c, s, s)` follows from the seed."""
         if how != "full":
-            return self.column(how)
+            return self.column(how)[:]
         config = self.config
         shape = (config["channels"], config["image_size_px"], config["image_size_px"])
         return seeded_noise(range(len(self)), shape, config["trajectory_seed"])
 
     def targets(self, k: int, target: str) -> Tensor:
         """Submodule k's targets `(n, c, r, r)` in [-1, 1], float32; `target` is "xt" or "x0"."""
-        return as_images(self.column(f"{target}_{k}"))
+        return as_images(self.column(f"{target}_{k}")[:])
 
     def verify(self) -> None:
         """Compare every shard with its checksum. Raises UserError that names a shard that changed."""

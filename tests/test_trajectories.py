@@ -118,7 +118,7 @@ def test_columns_are_hand_resized_states(tmp_path, teacher, improved, sampler):
             xt, x0 = visited[999 - 100 * k] if k < 10 else [visited[99][0]] * 2
             block = 16 // side
             xt, x0 = (x.reshape(1, side, block, side, block).mean((2, 4)) for x in (xt, x0))
-            stored_xt, stored_x0 = store.column(f"xt_{k}")[index], store.column(f"x0_{k}")[index]
+            stored_xt, stored_x0 = (store.column(f"{target}_{k}")[:][index] for target in ("xt", "x0"))
             assert (stored_xt.dtype, stored_x0.dtype) == (torch.float16, torch.uint8)
             torch.testing.assert_close(stored_xt.float(), xt, atol=1e-3, rtol=1e-3)
             assert (stored_x0.int() - to_uint8(x0).int()).abs().max() <= 1
@@ -133,7 +133,9 @@ def test_shards_and_columns_have_every_trajectory(store):
         *(f"shard-0000{number}.safetensors" for number in range(3)),
     ]
     assert [len(load_file(store.folder / name)["x0_0"]) for name in sorted(store.shards)] == [5, 5, 2]
-    assert store.column("xt_0").shape == (12, 1, 8, 8) and store.column("x0_2").shape == (12, 1, 16, 16)
+    assert store.column("xt_0")[:].shape == (12, 1, 8, 8) and store.column("x0_2")[:].shape == (12, 1, 16, 16)
+    whole, some = store.column("x0_2")[:], torch.tensor([11, 0, 5, 4, 5])
+    assert torch.equal(store.column("x0_2")[some], whole[some]) and len(store.column("x0_2")) == 12
     store.verify()
 
 
