@@ -131,6 +131,28 @@ def _reachable(url: str) -> bool:
     return True
 
 
+def untrained_unet(
+    image_size_px: int, channels: int, widths: tuple[int, ...] = (128, 128, 256, 256, 512, 512)
+) -> UNet2DModel:
+    """The architecture of google/ddpm-celebahq-256 with random weights: 113,673,219 parameters for 3 channels of any size."""
+    attention = len(widths) - 2
+    kinds = ["AttnDownBlock2D" if level == attention else "DownBlock2D" for level in range(len(widths))]
+    return UNet2DModel(
+        sample_size=image_size_px,
+        in_channels=channels,
+        out_channels=channels,
+        layers_per_block=2,
+        block_out_channels=widths,
+        down_block_types=kinds,
+        up_block_types=[kind.replace("Down", "Up") for kind in reversed(kinds)],
+        attention_head_dim=None,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        norm_eps=1e-6,
+    )
+
+
 def new_teacher(preset: Preset, seed: int = 0) -> tuple[UNet2DModel, DDPMScheduler]:
     """A small untrained U-Net (digits 1.06M, glyphs 2.7M parameters) with a linear schedule of 1000 steps.
 

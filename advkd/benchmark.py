@@ -1,0 +1,283 @@
+"""How fast and how large: teacher, students, trajectories, training and the store, measured in one run on one device."""
+
+import multiprocessing
+import platform
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+
+from advkd.data import from_uint8, to_uint8
+from advkd.devices import pick_device
+from advkd.discriminator import make_discriminator
+from advkd.files import first_line, write_json
+from advkd.presets import Preset, load_preset
+from advkd.student import Student
+from advkd.teacher import Teacher, untrained_unet
+from advkd.train_advkd import train_advkd
+from advkd.trajectories import (
+    MANIFEST,
+    TrajectoryStore,
+    as_images,
+    generate_trajectories,
+    sample_bytes,
+    trajectory_config,
+)
+
+PEAK_SIDE = 4096  # of the matrices whose product is the machine's measured peak
+STORED = 128  # samples of the store that is read
+SHOWN = {
+    "name": "what",
+    "variant": "variant",
+    "batch": "batch",
+    "ms_per_image": "ms per image",
+    "images_per_s": "images/s",
+    "gflop_per_image": "GFLOP per image",
+    "share_of_peak": "of the peak",
+    "peak_memory_mb": "peak MB",
+    "mb_per_sample": "MB per sample",
+    "device": "device",
+    "threads": "threads",
+    "error": "error",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row to be: what `kind` of thing (a key of KINDS) is done to `batch` images at a time."""
+
+    kind: str
+    name: str
+    variant: str
+    batch: int
+    preset: str = "celebahq"
+    device: str = "cpu"
+    threads: int = 1
+    min_seconds: float = 1.0
+
+
+def cases(preset: str, device: str, batches: tuple[int, ...] = (1, 64), min_seconds: float = 1.0) -> list[Case]:
+    """All rows for a preset on a device. On a CPU the teacher is measured one image at a time, and training with 8."""
+    about = {"preset": preset, "device": device, "threads": torch.get_num_threads(), "min_seconds": min_seconds}
+    gpu = device.startswith("cuda")
+    dtypes, variants = ("float32", "bfloat16"), ("float32", "channels_last", "bfloat16", "compiled")
+    rows = [("matrix", "matrix product", dtype, 1) for dtype in dtypes]
+    rows += [("teacher", "teacher step", dtype, b) for b in (batches if gpu else (1,)) for dtype in dtypes]
+    rows += [("student", f"{r} student", v, b) for b in batches for r in ("paper", "improved") for v in variants]
+    rows += [("trajectory", "trajectory", "10 steps", batches[-1] if gpu else 1)]
+    rows += [("training", f"{r} training step", "", batches[-1] if gpu else 8) for r in ("paper", "improved")]
+    sizes = sorted(set(load_preset(preset).resolutions))
+    rows += [("reading", f"reading {px} px", how, 64) for px in sizes for how in ("store", "png")]
+    return [Case(*row, **about) for row in rows]
+
+
+def benchmark(chosen: list[Case]) -> Iterator[dict]:
+    """Measure the cases one after the other, each in a new process, so that its peak memory is its own; yields rows.
+
+    `ms_per_image` is a median. `gflop_per_image` counts two for a multiplication with its sum. `share_of_peak` is
+    their speed over that of a product of two 4096 x 4096 matrices in the same precision, in the same run.
+    `peak_memory_mb`: on a CPU the process' resident memory over what it had with the package imported, on a GPU what torch allocated.
+    """
+    peaks: dict[str, float] = {}
+    for case in chosen:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            row = pool.submit(measure, case).result()
+        if "ms_per_image" in row and row.get("gflop_per_image"):
+            speed = row["gflop_per_image"] / row["ms_per_image"]
+            if case.kind == "matrix":
+                peaks[row["dtype"]] = speed
+            row["share_of_peak"] = (
+                speed / peaks["bfloat16" if "bfloat16" in (case.variant, row["dtype"]) else "float32"]
+            )
+        yield row
+
+
+def protocol(preset: str) -> dict:
+    """What the numbers depend on beside their own fields."""
+    return {
+        "preset": preset,
+        "weights": "random: time and memory do not depend on them",
+        "ms_per_image": "median; every row in a process of its own, one after the other",
+        "teacher_50_and_1000_steps": "50 and 1000 times the row of one step",
+        "peak_memory_mb": "CPU: peak resident memory over that of the process with the package imported; GPU: allocated by torch",
+        "gpu": "measured" if torch.cuda.is_available() else "not measured: none was available",
+        "platform": platform.platform(terse=True),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+
+
+def measure(case: Case) -> dict:
+    """One row; what cannot be measured (no compiler, no memory) leaves its `error` there."""
+    torch.set_num_threads(case.threads)
+    device = pick_device(case.device)
+    about = {"kind": case.kind, "name": case.name, "variant": case.variant, "batch": case.batch}
+    about |= {"device": _device_name(device), "threads": case.threads}
+    before = _memory_mb(device)
+    try:
+        found = KINDS[case.kind](case, device)
+    except Exception as error:  # of any library: a benchmark goes on
+        return about | {"error": first_line(error)}
+    found = {"peak_memory_mb": _memory_mb(device) - before} | found
+    if "ms_per_image" in found:
+        found["images_per_s"] = 1e3 / found["ms_per_image"]
+    return about | found
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU"
+
+
+def _memory_mb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3  # kilobytes, on Linux
+
+
+def _timed(call: Callable[[], object], images: int, case: Case) -> dict:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return {
+        "ms_per_image": _median_ms(call, case) / images,
+        "gflop_per_image": counter.get_total_flops() / 1e9 / images,
+    }
+
+
+def _median_ms(call: Callable[[], object], case: Case) -> float:
+    call()
+    timer = Timer("call()", globals={"call": call}, num_threads=case.threads)
+    return 1e3 * timer.blocked_autorange(min_run_time=case.min_seconds).median
+
+
+def _matrix(case: Case, device: torch.device) -> dict:
+    a, b = (torch.randn(PEAK_SIDE, PEAK_SIDE, device=device, dtype=getattr(torch, case.variant)) for _ in range(2))
+    return _timed(lambda: a @ b, 1, case) | {"dtype": case.variant}
+
+
+@torch.inference_mode()
+def _teacher_step(case: Case, device: torch.device) -> dict:
+    p, dtype = load_preset(case.preset), getattr(torch, case.variant)
+    unet = untrained_unet(p.image_size_px, p.channels).eval().to(device, dtype, memory_format=torch.channels_last)
+    xt = torch.randn(case.batch, *p.image_shape, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    t = torch.full((case.batch,), 500, device=device)
+    return _timed(lambda: unet(xt, t).sample, case.batch, case) | {"dtype": case.variant}
+
+
+@torch.inference_mode()
+def _student(case: Case, device: torch.device) -> dict:
+    student = Student.from_preset(load_preset(case.preset, case.name.split()[0])).generator().eval().to(device)
+    latents = torch.randn(case.batch, *student.latent_shape, device=device)
+    dtype = torch.bfloat16 if case.variant == "bfloat16" else torch.float32
+    if case.variant in ("channels_last", "bfloat16"):
+        torch.nn.Module.to(student, dtype, memory_format=torch.channels_last)
+        latents = latents.to(dtype, memory_format=torch.channels_last)
+    found = _timed(lambda: student(latents), case.batch, case)
+    if case.variant == "compiled":
+        compiled = torch.compile(student)
+        found["ms_per_image"] = _median_ms(lambda: compiled(latents), case) / case.batch
+    return found | {"dtype": str(dtype).removeprefix("torch.")}
+
+
+def _trajectory(case: Case, device: torch.device) -> dict:
+    """A trajectory of 10 steps in bfloat16 with all that the store does; 50 steps take five times as long."""
+    p = load_preset(case.preset, trajectories=case.batch, sampler_steps=10, shard_size=case.batch)
+    teacher = Teacher(untrained_unet(p.image_size_px, p.channels).eval(), DDPMScheduler(), "untrained", "0")
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        store = generate_trajectories(teacher, p, folder, progress=False, device=str(device))
+        seconds = time.perf_counter() - start
+        stored = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) / len(store) / 1e6
+    return {"ms_per_image": 1e3 * seconds / case.batch, "mb_per_sample": stored, "dtype": "bfloat16"}
+
+
+def _training(case: Case, device: torch.device) -> dict:
+    """Steps of the last stage, with the penalty as often as the recipe has it."""
+    p = load_preset(case.preset, case.name.split()[0], batch_sizes=(case.batch,))
+    p = p.replace(schedule="joint", steps=2 + p.penalty_every, trajectories=STORED)
+    with tempfile.TemporaryDirectory() as folder:
+        store, times = _photographs_store(p, Path(folder)), []
+        student = Student.from_preset(p)
+        for _ in train_advkd(student, lambda k: make_discriminator(p, k), store, p, device=str(device)):
+            times.append(time.perf_counter())
+    seconds = (times[-1] - times[1]) / (len(times) - 2)  # the first steps make the optimizers' moments
+    return {"ms_per_image": 1e3 * seconds / case.batch, "dtype": p.train_dtype}
+
+
+def _reading(case: Case, device: torch.device) -> dict:
+    """A batch of one stage's targets in float32: from the store, or, as published, from PNGs of the full size."""
+    px, p = int(case.name.split()[1]), load_preset(case.preset, trajectories=STORED)
+    k = p.resolutions.index(px)
+    order = torch.randint(STORED, (case.batch,), generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as folder:
+        if case.variant == "png":
+            files = [Path(folder) / f"{n}.png" for n in range(STORED)]
+            for file, image in zip(files, to_uint8(_photographs(p)), strict=True):
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(file)
+            stored = sum(file.stat().st_size for file in files) / STORED * (p.submodules + 1)
+            found = _timed(lambda: torch.stack([_decoded(files[i], px) for i in order.tolist()]), case.batch, case)
+        else:
+            column = _photographs_store(p, Path(folder)).column(f"x0_{k}")
+            stored = sample_bytes(p)
+            found = _timed(lambda: as_images(column[order]), case.batch, case)
+    return found | {"mb_per_sample": stored / 1e6, "gflop_per_image": None}
+
+
+def _decoded(file: Path, px: int) -> Tensor:
+    with Image.open(file) as image:
+        pixels = np.asarray(image.resize((px, px), Image.Resampling.BILINEAR))
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy()).float() / 127.5 - 1
+
+
+def _photographs(p: Preset) -> Tensor:
+    """`(STORED, c, s, s)` in [-1, 1]: pieces of scikit-learn's two photographs, which compress like photographs."""
+    from sklearn.datasets import load_sample_images
+
+    rng, pieces = np.random.default_rng(0), []
+    for photograph in load_sample_images().images:
+        for _ in range(STORED // 2):
+            top, left = (rng.integers(side - 256) for side in photograph.shape[:2])
+            pieces.append(photograph[top : top + 256, left : left + 256])
+    images = from_uint8(torch.from_numpy(np.stack(pieces)).permute(0, 3, 1, 2))
+    return F.interpolate(images, p.image_size_px, mode="bilinear", antialias=True)[:, : p.channels]
+
+
+def _photographs_store(p: Preset, folder: Path) -> TrajectoryStore:
+    """A store of the preset's form with photographs in place of a teacher's images."""
+    images, noise = _photographs(p), torch.randn(STORED, p.channels, 4, 4)
+    teacher = Teacher(None, None, "photographs", "0")
+    shards = {}
+    for number, start in enumerate(range(0, STORED, p.shard_size)):
+        rows = slice(start, start + p.shard_size)
+        tensors = {how: noise[rows].clone() for how in ("block-mean", "shrink8bit")}
+        for k, px in enumerate(p.resolutions):
+            small = F.adaptive_avg_pool2d(images[rows], px)
+            tensors |= {f"{target}_{k}": to_uint8(small).contiguous() for target in p.stored}
+        save_file(tensors, folder / f"shard-{number:05d}.safetensors")
+        shards[f"shard-{number:05d}.safetensors"] = {"count": len(images[rows])}
+    config = trajectory_config(teacher, p)
+    write_json(folder / MANIFEST, {"config": config, "shards": shards, "teacher": teacher.source})
+    return TrajectoryStore(folder)
+
+
+KINDS = {
+    "matrix": _matrix,
+    "teacher": _teacher_step,
+    "student": _student,
+    "trajectory": _trajectory,
+    "training": _training,
+    "reading": _reading,
+}

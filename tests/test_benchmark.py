@@ -1,0 +1,80 @@
+import json
+
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from advkd import benchmark as module
+from advkd.__main__ import cli
+from advkd.benchmark import Case, cases, measure
+from advkd.evaluation import gflop_per_image
+from advkd.presets import load_preset
+from advkd.student import Student
+
+FIELDS = {"name", "variant", "batch", "ms_per_image", "gflop_per_image", "peak_memory_mb", "device", "threads"}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Matrices, a store and repetitions that take no time."""
+    for name, value in {"PEAK_SIDE": 64, "STORED": 16}.items():
+        monkeypatch.setattr(module, name, value)
+    return {"preset": "cifar10", "min_seconds": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "variant"),
+    [
+        ("matrix", "matrix product", "bfloat16"),
+        ("student", "paper student", "float32"),
+        ("student", "improved student", "channels_last"),
+        ("student", "improved student", "bfloat16"),
+        ("training", "improved training step", ""),
+        ("training", "paper training step", ""),
+        ("reading", "reading 8 px", "store"),
+        ("reading", "reading 32 px", "png"),
+    ],
+)
+def test_every_kind_of_row_has_its_fields(small, kind, name, variant):
+    row = measure(Case(kind, name, variant, 4, **small))
+    assert "error" not in row
+    assert FIELDS - {"gflop_per_image"} <= row.keys() and row["ms_per_image"] > 0
+    assert row["images_per_s"] == pytest.approx(1e3 / row["ms_per_image"])
+
+
+def test_operations_are_counted_for_one_image(small):
+    (student,) = (Student.from_preset(load_preset("cifar10", recipe)) for recipe in ["improved"])
+    for batch in (1, 4):
+        row = measure(Case("student", "improved student", "float32", batch, **small))
+        assert row["gflop_per_image"] == pytest.approx(gflop_per_image(student))
+    assert measure(Case("matrix", "matrix product", "float32", 1, **small))["gflop_per_image"] == 2 * 64**3 / 1e9
+
+
+def test_what_cannot_be_measured_leaves_its_error(small, monkeypatch):
+    monkeypatch.setitem(module.KINDS, "matrix", lambda *_: 1 / 0)
+    assert measure(Case("matrix", "matrix product", "float32", 1, **small))["error"] == "division by zero"
+
+
+def test_cases_cover_both_students_at_all_batches_and_every_stage():
+    rows = [(c.name, c.variant, c.batch) for c in cases("celebahq", "cpu")]
+    for recipe in ("paper", "improved"):
+        for variant in ("float32", "channels_last", "bfloat16", "compiled"):
+            assert {(f"{recipe} student", variant, b) for b in (1, 64)} <= set(rows)
+    for px in (8, 16, 32, 64, 128, 256):
+        assert {(f"reading {px} px", how, 64) for how in ("store", "png")} <= set(rows)
+    assert ("teacher step", "float32", 1) in rows and ("teacher step", "float32", 64) not in rows
+    assert ("teacher step", "bfloat16", 64) in {(c.name, c.variant, c.batch) for c in cases("celebahq", "cuda:0")}
+
+
+def test_the_command_writes_json_table_and_figure(tmp_path, monkeypatch):
+    monkeypatch.setenv("ADVKD_FIGURES", str(tmp_path))
+    monkeypatch.setattr(module, "cases", lambda *a: [Case("matrix", "matrix product", "float32", 1, min_seconds=0.01)])
+    monkeypatch.setattr(module, "benchmark", lambda chosen: map(module.measure, chosen))
+    monkeypatch.setattr(module, "PEAK_SIDE", 64)
+    result = CliRunner().invoke(cli, ["benchmark", "--preset", "cifar10"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    written = json.loads((tmp_path / "figures" / "benchmark.json").read_text())
+    assert written["rows"][0].keys() >= FIELDS
+    assert "not measured" in written["protocol"]["gpu"] or written["protocol"]["gpu"] == "measured"
+    assert len(pd.read_csv(tmp_path / "figures" / "benchmark.csv")) == 1
+    assert {f.suffix for f in (tmp_path / "figures").iterdir()} == {".json", ".csv", ".md", ".png"}
