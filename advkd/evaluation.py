@@ -11,16 +11,15 @@ import torch
 import torch_fidelity
 from torch import Tensor
 from torch.utils.data import Dataset
-from torch.utils.flop_counter import FlopCounterMode
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from tqdm.auto import tqdm
 
-from advkd.data import to_uint8
+from advkd.data import FACTORS, to_uint8
 from advkd.extractor import FEATURES, Extractor, load_extractor, register
 from advkd.files import first_line, quiet, sha256
 from advkd.pipeline import StudentPipeline
 from advkd.presets import ASSETS, UserError
-from advkd.student import Student, count_parameters
+from advkd.student import count_parameters
 from advkd.teacher import Teacher
 
 INCEPTION = "inception-v3-compat"
@@ -57,6 +56,11 @@ class Metric:
             self.extractor, self.label, self.features = INCEPTION, "FID", INCEPTION_FEATURES
             if str(inception) != "download":
                 self.weights = _safe_weights(Path(inception))
+        elif extractor is None and data not in FACTORS:
+            raise UserError(
+                "there is no classifier of one's own images to compare them by; give Inception's weights: "
+                "inception=FILE (--inception FILE, -p inception FILE)"
+            )
         else:
             model = extractor or load_extractor(ASSETS / f"{data}-extractor")
             self.extractor, self.label, self.features = register(model, data), f"FD-{data}", FEATURES
@@ -245,15 +249,6 @@ def student_latency_ms(pipeline: StudentPipeline, batch: int = 1) -> float:
     student = pipeline.student.generator().eval()
     latent = torch.randn(batch, *student.latent_shape, device=student.device)
     return milliseconds(lambda: student(latent)) / batch
-
-
-@torch.inference_mode()
-def gflop_per_image(student: Student) -> float:
-    """Billions of floating-point operations of the deployable generator for one image, two for a multiplication and sum."""
-    generator = student.generator().eval()
-    with FlopCounterMode(display=False) as counter:
-        generator(torch.zeros(1, *generator.latent_shape, device=generator.device))
-    return counter.get_total_flops() / 1e9
 
 
 def teacher_latency_ms(teacher: Teacher, steps: int, batch: int = 1) -> float:

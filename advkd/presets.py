@@ -415,4 +415,5 @@ def _with(preset: Preset, overrides: dict) -> Preset:
     known = [field.name for field in dataclasses.fields(Preset)]
     if unknown := [name for name in overrides if name not in known]:
         raise UserError(f"a preset has no field {unknown[0]!r}; fields: {', '.join(known)}")
-    return dataclasses.replace(preset, **overrides)
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in overrides.items()}
+    return dataclasses.replace(preset, **values)

@@ -8,6 +8,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from advkd.data import block_mean
 from advkd.presets import LATENT_SIDE, Preset, UserError, resolution, stage_times
@@ -186,6 +187,27 @@ class Student(ModelMixin, ConfigMixin):
 def count_parameters(module: nn.Module) -> int:
     """Number of parameters; BatchNorm's running statistics are buffers and not counted."""
     return sum(p.numel() for p in module.parameters())
+
+
+@torch.inference_mode()
+def gflop_per_submodule(student: Student) -> list[tuple[float, float]]:
+    """Billions of floating-point operations (two for a multiplication and sum) for one image: of each submodule's layers,
+    and of its head, which only training needs but for the last."""
+    latent, counts, before = torch.zeros(1, *student.latent_shape, device=student.device), [], 0
+    with FlopCounterMode(display=False) as counter:
+        for stage, features in zip(student.stages, student._walk(latent, len(student.stages) - 1), strict=True):
+            layers = counter.get_total_flops() - before
+            if stage.terminal is not None:
+                stage.terminal(features)
+            after = counter.get_total_flops()
+            counts.append((layers / 1e9, (after - before - layers) / 1e9))
+            before = after
+    return counts
+
+
+def gflop_per_image(student: Student) -> float:
+    """As `gflop_per_submodule`, of the deployable generator."""
+    return sum(map(sum, gflop_per_submodule(student.generator().eval())))
 
 
 @cache

@@ -22,7 +22,7 @@ from advkd.files import (
     read_checkpoint_state,
     save_checkpoint,
 )
-from advkd.presets import ASSETS, TRAIN_TIMESTEPS, Preset, UserError
+from advkd.presets import ASSETS, TRAIN_TIMESTEPS, Preset, UserError, load_preset, own_preset
 
 SCHEDULERS = {"DDPMScheduler": DDPMScheduler, "DDIMScheduler": DDIMScheduler}
 _FILES = ["*.json", "*.safetensors"]  # formats that cannot carry code
@@ -71,7 +71,7 @@ def load_teacher(preset: Preset, source: str | None = None) -> Teacher:
     if shape != (preset.channels, preset.channels, preset.image_size_px):
         raise UserError(
             f"teacher {source!r} maps {shape[0]} to {shape[1]} channels at {shape[2]} px, "
-            f"but preset {preset.name!r} has {preset.channels} at {preset.image_size_px}"
+            f"but preset {preset.name!r} has {preset.channels} at {preset.image_size_px}; preset 'own' takes any"
         )
     if scheduler.config.num_train_timesteps != TRAIN_TIMESTEPS:
         raise UserError(
@@ -92,6 +92,21 @@ def teacher_shape(source: str) -> tuple[int, int]:
         return int(config["sample_size"]), int(config["in_channels"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"teacher {source!r} has no UNet2DModel that tells its size ({path}: {error})") from error
+
+
+def find_preset(name: str, recipe: str = "improved", teacher: str = "", **overrides) -> Preset:
+    """The preset `name`; "own" is what fits the teacher (a folder or a hub id): see `presets.own_preset`.
+
+    `overrides` are single fields; an empty `images` counts as not given. Raises UserError as `load_preset` does, and
+    for "own" without a teacher.
+    """
+    if not overrides.get("images"):
+        overrides.pop("images", None)
+    if name != "own":
+        return load_preset(name, recipe, **overrides)
+    if not teacher:
+        raise UserError("preset 'own' follows from a teacher: give one, a folder in diffusers format or a hub id")
+    return own_preset(teacher, *teacher_shape(teacher), recipe, **overrides)
 
 
 def _find(source: str, revision: str | None) -> Path:

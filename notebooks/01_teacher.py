@@ -19,8 +19,9 @@
 # digits, so that everything below runs on a laptop. To see the paper's teacher instead, set `preset` to `celebahq`.
 
 # %% tags=["parameters"]
-preset: str = "digits"  # the experiment: digits or celebahq
+preset: str = "digits"  # the experiment: digits, glyphs, celebahq, cifar10, ...; own: what fits the teacher
 teacher: str = ""  # another teacher: a folder in diffusers format, or a hub id
+images: str = ""  # real images where the preset has none: a folder, or hf:OWNER/NAME
 sample: int = 2  # index of the noise whose trajectory is drawn
 
 # %%
@@ -28,12 +29,12 @@ import torch
 
 from advkd.data import load_images, sample_generators, seeded_noise
 from advkd.figures import save_figure, save_table, show_images, show_strip, start_notebook
-from advkd.presets import load_preset, stage_times
-from advkd.teacher import load_teacher
+from advkd.presets import stage_times
+from advkd.teacher import find_preset, load_teacher
 from advkd.trajectories import make_scheduler, sample_teacher, states
 
 start_notebook()
-p = load_preset(preset)
+p = find_preset(preset, teacher=teacher, images=images)
 
 # %% [markdown]
 # ## The forward process
@@ -47,7 +48,10 @@ p = load_preset(preset)
 
 # %%
 model = load_teacher(p, teacher or None)
-x0 = load_images(p, "train")[0][sample] if p.data == "digits" else sample_teacher(model, p, "ddim", 50, [sample], 0)[0]
+real = p.data != "folder" or p.images
+(x0,) = (
+    load_images(p, "train")[0][torch.tensor([sample])] if real else sample_teacher(model, p, "ddim", 50, [sample], 0)
+)
 times = [0, *range(99, 1000, 100)]
 eps = seeded_noise([sample], p.image_shape, seed=1)
 noised = [model.scheduler.add_noise(x0[None], eps, torch.tensor([t]))[0] for t in times]

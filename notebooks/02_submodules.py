@@ -16,12 +16,16 @@
 # **How long:** three minutes on two CPU cores the first time, twenty seconds after that.
 
 # %% tags=["parameters"]
-preset: str = "digits"  # the experiment: digits or celebahq
+preset: str = "digits"  # the experiment: digits, glyphs, celebahq, cifar10, ...; own: what fits the teacher
 recipe: str = "improved"  # the student whose heads are drawn: improved or paper
 teacher: str = ""  # another teacher: a folder in diffusers format, or a hub id
+images: str = ""  # real images where the preset has none: a folder, or hf:OWNER/NAME
+fields: str = "{}"  # other values for fields of the preset, as JSON: {"trajectories": 64, "batch_sizes": [8]}
 peek_steps: int = 200  # training steps before the heads are drawn
 
 # %%
+import json
+
 import pandas as pd
 import torch
 
@@ -30,12 +34,12 @@ from advkd.discriminator import Discriminator
 from advkd.figures import save_figure, save_table, show_strip, start_notebook
 from advkd.presets import load_preset
 from advkd.run import finish, load_run, run_dir, train_run
-from advkd.student import Student, count_parameters
-from advkd.teacher import load_teacher
+from advkd.student import Student, count_parameters, gflop_per_image, gflop_per_submodule
+from advkd.teacher import find_preset, load_teacher
 from advkd.trajectories import generate_trajectories, trajectory_dir
 
 start_notebook()
-p = load_preset(preset, recipe)
+p = find_preset(preset, recipe, teacher, images=images, **json.loads(fields))
 
 # %% [markdown]
 # ## The paper's student
@@ -47,7 +51,8 @@ p = load_preset(preset, recipe)
 
 # %%
 paper = load_preset("celebahq", "paper")
-student = Student.from_preset(paper)
+student = Student.from_preset(paper).eval()
+gflop = gflop_per_submodule(student)
 rows = [
     {
         "submodule": k,
@@ -55,14 +60,16 @@ rows = [
         "layers": count_parameters(stage.layers),
         "terminal": count_parameters(stage.terminal),
         "critic": count_parameters(Discriminator(paper.resolution(k))),
+        "gflop_layers": round(gflop[k][0], 3),
+        "gflop_terminal": round(gflop[k][1], 3),
     }
     for k, stage in enumerate(student.stages)
 ]
 pd.DataFrame(rows).set_index("submodule")
 
 # %%
-megabytes = {"parameters": "float32, 4 bytes a parameter"}
-_ = save_table(rows, megabytes, f"figures/{preset}", "paper_submodules")
+counted = {"parameters": "float32, 4 bytes a parameter", "gflop": "one image, two for a multiplication and its sum"}
+_ = save_table(rows, counted, f"figures/{preset}", "paper_submodules")
 
 # %% [markdown]
 # Most of the weight sits in the late submodules, and nearly a third of it in heads that only training needs: one-step
@@ -104,6 +111,23 @@ pd.DataFrame(shapes).set_index("submodule")
 print(f"{count_parameters(ours):,} parameters, {count_parameters(ours.generator()):,} of them deployable")
 
 # %% [markdown]
+# ### At the paper's size
+#
+# Parameters are not time. At 256 px the paper's last submodule and its terminal alone take two thirds of the
+# operations: 128 channels on the largest map. The improved student for `celebahq` moves its width to the small maps and
+# has a head of one convolution; with its heads it is no larger than the paper's.
+
+# %%
+large = Student.from_preset(load_preset("celebahq")).eval()
+costs = pd.DataFrame({"paper": map(sum, gflop), "improved": map(sum, gflop_per_submodule(large))}).round(2)
+costs.index.name = "GFLOP of submodule and head"
+costs.T
+
+# %%
+for name, big in (("paper", student), ("improved", large)):
+    print(f"{name}: {count_parameters(big):,} parameters, {gflop_per_image(big):.1f} GFLOP an image (deployable)")
+
+# %% [markdown]
 # ## The latent
 #
 # The student's input is state 0 as a $4 \times 4$ map. The published code saves the noise as a clamped 8-bit PNG and shrinks
@@ -113,7 +137,7 @@ print(f"{count_parameters(ours):,} parameters, {count_parameters(ours.generator(
 # %%
 from advkd.data import make_latent
 
-noise = seeded_noise(range(2000), p.image_shape, seed=0)
+noise = seeded_noise(range(max(40, 2000 * 256 // p.image_size_px**2)), p.image_shape, seed=0)
 spread = {how: round(make_latent(noise, how).std().item(), 2) for how in ("shrink8bit", "block-mean")}
 spread
 
@@ -127,7 +151,7 @@ spread
 # %%
 model = load_teacher(p, teacher or None)
 store = generate_trajectories(model, p, trajectory_dir(model, p))
-images = load_images(p, "train")[0] if p.real_share else None
+real = load_images(p, "train")[0] if p.real_share else None
 
 # %% [markdown]
 # Then the student's heads after a short training run of a few seconds. Notebook 3 trains in earnest.
@@ -135,7 +159,7 @@ images = load_images(p, "train")[0] if p.real_share else None
 # %%
 peek = p.replace(steps=peek_steps, epochs=0.02, ema=0.0)  # so early, an average still shows the initial weights
 folder = run_dir(peek, store).with_name(f"peek-{peek.config_hash}")
-_ = finish(train_run(peek, store, folder, images=images))
+_ = finish(train_run(peek, store, folder, images=real))
 pipeline = load_run(folder)
 
 # %%

@@ -17,14 +17,18 @@
 # training goes on where its last checkpoint is: run the cell again.
 
 # %% tags=["parameters"]
-preset: str = "digits"  # the experiment: digits or celebahq
+preset: str = "digits"  # the experiment: digits, glyphs, celebahq, cifar10, ...; own: what fits the teacher
 recipe: str = "improved"  # the recipe that is trained first
 teacher: str = ""  # another teacher: a folder in diffusers format, or a hub id
+images: str = ""  # real images where the preset has none: a folder, or hf:OWNER/NAME
 steps: int = 0  # optimizer steps of the improved recipe; 0: the preset's
 paper_epochs: float = 0.25  # stage k of the paper's recipe trains for this times (k + 1) epochs; the paper: 10
 seed: int = 0  # seed of weights and batches
+fields: str = "{}"  # other values for fields of the preset, as JSON: {"trajectories": 64, "batch_sizes": [8]}
 
 # %%
+import json
+
 import torch
 from sklearn.metrics import roc_auc_score
 
@@ -33,15 +37,15 @@ from advkd.data import load_images, seeded_noise
 from advkd.discriminator import make_discriminator
 from advkd.figures import live_curves, plot_curves, save_figure, save_table, show_images, show_strip, start_notebook
 from advkd.files import load_checkpoint
-from advkd.presets import load_preset
 from advkd.run import CHECKPOINT, load_run, run_dir, train_run
-from advkd.teacher import load_teacher
+from advkd.teacher import find_preset, load_teacher
 from advkd.trajectories import generate_trajectories, trajectory_dir
 
 start_notebook()
 budget = {"epochs": paper_epochs} if recipe == "paper" else {"steps": steps} if steps else {}
-p = load_preset(preset, recipe, seed=seed, **budget)
-paper = load_preset(preset, "paper", seed=seed, epochs=paper_epochs)
+given = json.loads(fields) | {"seed": seed}
+p = find_preset(preset, recipe, teacher, images=images, **given | budget)
+paper = find_preset(preset, "paper", teacher, **given | {"epochs": paper_epochs})
 
 # %% [markdown]
 # ## Data: what the teacher did
@@ -53,7 +57,7 @@ paper = load_preset(preset, "paper", seed=seed, epochs=paper_epochs)
 model = load_teacher(p, teacher or None)
 store = generate_trajectories(model, p, trajectory_dir(model, p))
 paper_store = generate_trajectories(model, paper, trajectory_dir(model, paper))
-images = load_images(p, "train")[0] if p.real_share else None
+real = load_images(p, "train")[0] if p.real_share else None
 for q, s in ((p, store), (paper, paper_store)):
     print(f"{q.recipe} recipe: {len(s)} trajectories of {q.sampler.upper()}-{q.sampler_steps}")
 
@@ -79,7 +83,7 @@ fields = {
     "student_loss": "student loss",
     "reconstruction_loss": "L1 to the teacher's states, all heads",
 }
-records = live_curves(train_run(p, store, run_dir(p, store), images=images), fields)
+records = live_curves(train_run(p, store, run_dir(p, store), images=real), fields)
 
 # %%
 figure = plot_curves(records, fields)
@@ -143,17 +147,17 @@ _ = save_figure(figure, f"figures/{preset}", "paper_curves")
 # as in training, and once with BatchNorm's running statistics, which are the same for both.
 
 # %%
-answers, n = [], 500
+answers, n = [], min(500, len(store), len(paper_store))
 for q, s in {paper.recipe: (paper, paper_store), p.recipe: (p, store)}.values():
     k, z = q.submodules - 1, s.latents(q.latent)[:n]
-    critic, real = make_discriminator(q, k).train(), s.targets(k, q.target)[:n]
+    critic, wanted = make_discriminator(q, k).train(), s.targets(k, q.target)[:n]
     load_checkpoint(run_dir(q, s) / CHECKPOINT, {"critic": critic}, {})
     fake = load_run(run_dir(q, s)).student(z).detach()
     answer = {"recipe": q.recipe}
     for how, mode in (("auc_running_statistics", False), ("auc_in_training", True)):
-        logits = torch.cat([critic.train(mode)(x, z) for x in (real, fake)]).detach()
+        logits = torch.cat([critic.train(mode)(x, z) for x in (wanted, fake)]).detach()
         answer[how] = round(roc_auc_score([1] * n + [0] * n, logits), 3)
-    slope = losses.input_gradient(lambda x, c=critic, z=z: c(x, z), real).flatten(1).norm(dim=1)
+    slope = losses.input_gradient(lambda x, c=critic, z=z: c(x, z), wanted).flatten(1).norm(dim=1)
     answers.append(answer | {"gradient_norm": round(slope.mean().item(), 4)})
 
 # %%
@@ -188,13 +192,14 @@ _ = save_figure(figure, f"figures/{preset}", "recipes")
 # whole modules, and has no seeds, no resume and no evaluation, so the problem was hard to notice.
 
 # %%
-if (preset, recipe, teacher, steps, paper_epochs, seed) == (
+if (preset, recipe, teacher, steps, paper_epochs, seed, fields) == (
     "digits",
     "improved",
     "",
     0,
     0.25,
     0,
+    "{}",
 ):  # what this notebook claims, at its default settings
     assert sum(record.penalty > 0.6 for record in paper_records) > 0.8 * len(paper_records)
     assert abs(answers[0]["auc_in_training"] - 0.5) < 0.1

@@ -7,9 +7,8 @@ from click.testing import CliRunner
 from advkd import benchmark as module
 from advkd.__main__ import cli
 from advkd.benchmark import Case, cases, measure
-from advkd.evaluation import gflop_per_image
 from advkd.presets import load_preset
-from advkd.student import Student
+from advkd.student import Student, gflop_per_image
 
 FIELDS = {"name", "variant", "batch", "ms_per_image", "gflop_per_image", "peak_memory_mb", "device", "threads"}
 

@@ -8,7 +8,6 @@ from itertools import pairwise
 
 import pytest
 
-from advkd.evaluation import gflop_per_image
 from advkd.presets import (
     PUBLISHED_FID,
     Preset,
@@ -20,7 +19,7 @@ from advkd.presets import (
     resolution,
     stage_times,
 )
-from advkd.student import Student, count_parameters
+from advkd.student import Student, count_parameters, gflop_per_image
 
 
 def test_unknown_preset_lists_the_presets():

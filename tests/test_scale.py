@@ -1,6 +1,9 @@
 """One's own teachers and images, several processes, and what a power cut leaves: by the command line, as a user would."""
 
+import json
+import multiprocessing
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -9,6 +12,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
+import papermill
 import pytest
 import torch
 from click.testing import CliRunner
@@ -16,14 +20,15 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from advkd import presets, train_advkd
+from advkd import presets, run, train_advkd
 from advkd.__main__ import cli
 from advkd.data import load_images
 from advkd.files import sha256
 from advkd.presets import UserError
 from advkd.run import finish, load_run, train_run
 from advkd.student import Student
-from advkd.trajectories import TrajectoryStore
+from advkd.teacher import untrained_unet
+from advkd.trajectories import TrajectoryStore, generate_trajectories
 
 ROOT = Path(__file__).parents[1]
 ADVKD = [sys.executable, "-m", "advkd", "--threads", "1"]
@@ -130,6 +135,29 @@ def test_a_teacher_and_images_of_ones_own_run_end_to_end(tmp_path, monkeypatch, 
     assert samples.shape == (2, shape["channels"], shape["size_px"], shape["size_px"]) and samples.isfinite().all()
 
 
+def test_notebook_3_trains_with_a_teacher_of_the_papers_architecture_and_a_folder_of_images(
+    tmp_path, monkeypatch, photographs
+):
+    for name in ("pyproject.toml", "notebooks"):  # a checkout of its own, so that nothing is written to this one
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    unet = untrained_unet(32, 3, widths=(32, 32, 64, 64, 64, 64))
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "teacher")
+    fields = {"trajectories": 16, "sampler_steps": 10, "batch_sizes": [8], "shard_size": 8}
+    given = {"preset": "own", "teacher": str(tmp_path / "teacher"), "images": str(photographs), "steps": 2}
+    papermill.execute_notebook(
+        str(ROOT / "notebooks" / "03_train.ipynb"),
+        str(tmp_path / "out.ipynb"),
+        given | {"paper_epochs": 0.1, "fields": json.dumps(fields)},
+        cwd=str(tmp_path),
+        kernel_name="python3",
+        progress_bar=False,
+    )
+    figures = {file.name for file in (tmp_path / "figures" / "own").iterdir()}
+    assert {"strip.png", "recipes.png", "training_curves.png", "critic_answers.json"} <= figures
+    assert load_run(next((tmp_path / "runs" / "own").glob("improved-*"))).student.config.image_size_px == 32
+
+
 @pytest.fixture(scope="module")
 def slow_teacher(tmp_path_factory):
     return make_teacher(tmp_path_factory.mktemp("teacher"), 32, 3, DDPMScheduler())
@@ -193,14 +221,42 @@ def test_two_processes_make_the_store_of_one(tmp_path, many, undisturbed):
     assert checksums(tmp_path / "two") == undisturbed and len(undisturbed) == 8
 
 
-@pytest.mark.parametrize("shards", [1, 3])
-def test_a_killed_store_is_finished_to_the_same_bytes(tmp_path, many, undisturbed, shards):
-    process = launch("trajectories", *many, "--out", tmp_path / "killed", start_new_session=True)
-    while len(list((tmp_path / "killed").glob("shard-*.json"))) < shards:
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert len(list((tmp_path / "killed").glob("*.safetensors"))) < 7
-    advkd("trajectories", *many, "--out", tmp_path / "killed", processes=2)
-    assert checksums(tmp_path / "killed") == undisturbed
+def killed_after(seconds, target, *arguments):
+    """Run `target` in a process of its own and kill it, as a power cut does; whether it was still running."""
+    process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
+    process.start()
+    time.sleep(seconds)
+    process.kill()
+    process.join()
+    return process.exitcode == -signal.SIGKILL
+
+
+def test_a_store_that_was_killed_ten_times_ends_with_the_same_bytes(tmp_path, teacher, improved):
+    preset = improved.replace(trajectories=60, sampler="ddpm")
+    undisturbed, started = tmp_path / "undisturbed", time.perf_counter()
+    generate_trajectories(teacher, preset, undisturbed)
+    took, kills = time.perf_counter() - started, 0
+    rng = random.Random(0)
+    for _ in range(10):
+        kills += killed_after(rng.uniform(0, took / 5), generate_trajectories, teacher, preset, tmp_path / "killed")
+    generate_trajectories(teacher, preset, tmp_path / "killed")
+    assert kills >= 5 and checksums(tmp_path / "killed") == checksums(undisturbed)
+
+
+def test_a_training_that_was_killed_goes_on_to_equal_weights_ten_times_out_of_ten(
+    tmp_path, monkeypatch, improved, store
+):
+    for module in (run, train_advkd):
+        monkeypatch.setattr(module, "CHECKPOINT_EVERY", 5)
+    preset, images = improved.replace(steps=60), load_images(improved, "train")[0][:32]
+    started = time.perf_counter()
+    train(preset, store.folder, images, tmp_path / "undisturbed")
+    took, rng, kills = time.perf_counter() - started, random.Random(0), 0
+    for n in range(10):
+        folder = tmp_path / f"killed-{n}"
+        kills += killed_after(rng.uniform(0, took), train, preset, store.folder, images, folder)
+        train(preset, store.folder, images, folder)
+        weights = [next(f.rglob("student/student/*.safetensors")) for f in (tmp_path / "undisturbed", folder)]
+        assert sha256(weights[0]) == sha256(weights[1])
+        assert (folder / "curves.csv").read_bytes() == (tmp_path / "undisturbed" / "curves.csv").read_bytes()
+    assert kills >= 5
