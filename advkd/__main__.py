@@ -1,5 +1,6 @@
-"""The command line: python -m advkd {teacher,extractor,trajectories,train,sample,evaluate,ablate,quality,reproduce}."""
+"""The command line: python -m advkd COMMAND; `python -m advkd --help` lists them."""
 
+import os
 import sys
 from dataclasses import replace
 from functools import partial
@@ -33,12 +34,17 @@ class _Commands(click.Group):
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option("--threads", type=click.IntRange(1), help="CPU threads (default: torch's choice).")
-def cli(threads: int | None):
+@click.option("--deterministic", is_flag=True, help="On a GPU: the same bytes every time, by slower kernels.")
+def cli(threads: int | None, deterministic: bool):
     """Distil a diffusion teacher into a student that samples in one step (Adv-KD, arXiv 2405.20675)."""
-    if threads:
+    if threads or deterministic:
         import torch
 
-        torch.set_num_threads(threads)
+        torch.set_num_threads(threads or torch.get_num_threads())
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it alone
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.benchmark = False
 
 
 PRESET = click.option("--preset", "name", default="digits", help="What to work on: digits, glyphs, celebahq, ...")
@@ -131,6 +137,7 @@ def extractor(name: str, out: Path, steps: int, learning_rate: float, seed: int)
 @click.option("--count", "trajectories", type=click.IntRange(1), help="Number of trajectories (default: the preset's).")
 @click.option("--sampler", help="ddim, ddpm or dpm-solver (default: the preset's).")
 @click.option("--sampler-steps", type=click.IntRange(1), help="Steps of the sampler (default: the preset's).")
+@click.option("--compile", "teacher_compile", is_flag=True, default=None, help="The teacher through torch.compile.")
 @TEACHER
 @DEVICE
 def trajectories(name: str | None, recipe: str, out: Path, source: str | None, device: str, **given):

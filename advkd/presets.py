@@ -73,6 +73,7 @@ class Preset:
     # is still found.
     images: str = ""  # folder of images, where `data` is "folder"
     stored: tuple[str, ...] = ("xt", "x0")  # targets that a trajectory keeps of every state
+    teacher_compile: bool = False  # the teacher through torch.compile: faster after a minute, other rounding
 
     def __post_init__(self):
         check(self)

@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -120,7 +121,8 @@ def trajectory_config(teacher: Teacher, preset: Preset) -> dict:
         "trajectories sampler sampler_steps trajectory_seed image_size_px channels submodules teacher_dtype shard_size"
     )
     config = {"teacher_fingerprint": teacher.fingerprint} | {name: getattr(preset, name) for name in fields.split()}
-    return config | ({} if set(preset.stored) == {"xt", "x0"} else {"stored": list(preset.stored)})
+    late = {"stored": list(preset.stored)} if set(preset.stored) != {"xt", "x0"} else {}
+    return config | late | ({"teacher_compile": True} if preset.teacher_compile else {})
 
 
 def trajectory_dir(teacher: Teacher, preset: Preset) -> Path:
@@ -184,8 +186,10 @@ def _make_shards(
     teacher: Teacher, preset: Preset, folder: Path, mine: dict[str, range], missing: dict[str, range], progress: bool
 ) -> None:
     scheduler = make_scheduler(teacher, preset.sampler, preset.sampler_steps)
+    if preset.teacher_compile:
+        teacher = replace(teacher, unet=torch.compile(teacher.unet))
     of_batch = partial(_batch, teacher, preset, scheduler)
-    sample = find_executable_batch_size(_shard, preset.shard_size)  # halved when the memory of a GPU is too small
+    sample = find_executable_batch_size(_shard, preset.shard_size)  # smaller until the memory suffices
     total, done = sum(map(len, mine.values())), sum(len(x) for name, x in mine.items() if name not in missing)
     with tqdm(total=total, initial=done, desc="trajectories", unit="image", disable=quiet(progress)) as bar:
         for name, indices in mine.items():
@@ -316,7 +320,8 @@ class TrajectoryStore:
         """The fields of a preset that the store was made with."""
         fields = "trajectories sampler sampler_steps trajectory_seed teacher_dtype shard_size"
         made = {field: self.config[field] for field in fields.split()}
-        return made | {"stored": tuple(self.config.get("stored", ("xt", "x0")))}
+        late = {"stored": ("xt", "x0"), "teacher_compile": False}
+        return made | {field: self.config.get(field, default) for field, default in late.items()}
 
     def column(self, name: str) -> Column:
         """One stored quantity of all trajectories, as stored: "block-mean", "shrink8bit", "xt_<k>" or "x0_<k>"."""

@@ -4,19 +4,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from safetensors.torch import load_file
 
 from advkd import trajectories as module
 from advkd.data import make_latent, sample_generators, sample_noise, seeded_noise, to_uint8
 from advkd.files import sha256
-from advkd.presets import UserError
+from advkd.presets import UserError, load_preset
 from advkd.teacher import Teacher
 from advkd.trajectories import (
     TrajectoryStore,
     denoise,
     generate_trajectories,
     make_scheduler,
+    sample_bytes,
     sample_teacher,
     states,
     trajectory_dir,
@@ -266,3 +267,63 @@ def test_sample_teacher_gives_the_stored_images(teacher, improved, store):
     torch.testing.assert_close(images, store.targets(2, "xt"), atol=1e-3, rtol=0)
     some = sample_teacher(teacher, improved.replace(shard_size=2), "ddim", 10, [7, 3, 9], improved.trajectory_seed)
     torch.testing.assert_close(some, images[[7, 3, 9]], atol=1e-3, rtol=0)
+
+
+def test_a_compiled_teacher_makes_a_store_of_its_own(tmp_path, monkeypatch, teacher, improved, store):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda unet: compiled.append(unet) or unet)
+    preset = improved.replace(teacher_compile=True)
+    assert trajectory_dir(teacher, preset) != trajectory_dir(teacher, improved)
+    made = generate_trajectories(teacher, preset, tmp_path)
+    assert compiled == [teacher.unet] and made.made_with()["teacher_compile"]
+    with pytest.raises(UserError, match="teacher_compile: made with None, wanted True"):
+        generate_trajectories(teacher, preset, store.folder)
+
+
+def test_the_solver_of_second_order_is_diffusers_own(teacher):
+    noise = seeded_noise([4, 7], (1, 16, 16), 1)
+    scheduler, xt, visited = DPMSolverMultistepScheduler(beta_schedule="linear", timestep_spacing="trailing"), noise, []
+    scheduler.set_timesteps(10)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            xt = scheduler.step(teacher.unet(xt, t).sample, t, xt).prev_sample
+            visited.append(xt)
+    made = make_scheduler(teacher, "dpm-solver", 10)
+    for _ in range(2):  # again, although the solver remembers its last steps
+        walk = list(denoise(teacher, noise, made, []))
+        assert [t for t, _, _ in walk] == list(range(999, 0, -100))
+        torch.testing.assert_close(torch.stack([x for _, x, _ in walk]), torch.stack(visited), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(walk[-1][1], walk[-1][2], atol=1e-4, rtol=1e-4)  # the last state is the image itself
+
+
+def test_a_sample_at_the_papers_size_takes_a_third_of_a_megabyte():
+    for recipe in ("paper", "improved"):
+        assert 0.32e6 < sample_bytes(load_preset("celebahq", recipe)) <= 0.35e6
+
+
+def test_the_bytes_of_a_sample_are_those_on_disk(store, improved):
+    shard = load_file(store.folder / "shard-00000.safetensors")
+    assert sum(tensor.nbytes for tensor in shard.values()) == 5 * sample_bytes(improved)
+
+
+def test_a_disk_that_is_too_small_is_named_before_anything_is_made(tmp_path, monkeypatch, teacher, improved):
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"the trajectories need 0\.0 GB more, but .* has 0\.0 GB free"):
+        generate_trajectories(teacher, improved, tmp_path / "deep" / "store")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_shard_that_does_not_fit_is_sampled_in_smaller_batches(tmp_path, monkeypatch, teacher, improved, store):
+    original, sizes = module._batch, []
+
+    def small_memory(teacher, preset, scheduler, indices):
+        sizes.append(len(indices))
+        if len(indices) > 2:
+            raise RuntimeError("CUDA out of memory.")
+        return original(teacher, preset, scheduler, indices)
+
+    monkeypatch.setattr(module, "_batch", small_memory)
+    smaller = generate_trajectories(teacher, improved, tmp_path)
+    assert sizes[0] == 5 and 2 in sizes and max(sizes[sizes.index(2) :]) == 2
+    for k in range(3):
+        torch.testing.assert_close(smaller.targets(k, "x0"), store.targets(k, "x0"), atol=1.01 / 127.5, rtol=0)
