@@ -1,5 +1,5 @@
 import json
-import warnings
+import sys
 
 import numpy as np
 import pytest
@@ -118,14 +118,22 @@ def test_a_source_without_images_is_refused(tmp_path):
         open_cache("empty", 8, 3)
 
 
-def test_a_data_set_of_the_hub_is_read_by_its_column_of_images(tmp_path):
-    datasets = pytest.importorskip("datasets")
-    table = datasets.Dataset.from_dict({"label": [0, 1], "photo": [photograph(n, (20, 20)) for n in (3, 5)]})
-    table.cast_column("photo", datasets.Image()).to_parquet(tmp_path / "data" / "train.parquet")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        images = open_cache(f"hf:{tmp_path / 'data'}", 8, 3)
-    assert [int(image[0].mean()) for image in images] == [30, 50]
+def test_a_data_set_of_the_hub_is_read_by_its_column_of_images(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for number in (3, 5):
+        (tmp_path / "data" / "train").mkdir(parents=True, exist_ok=True)
+        photograph(number, (20, 20)).save(tmp_path / "data" / "train" / f"{number}.png")
+    images = open_cache(f"hf:{tmp_path / 'data'}", 8, 3)
+    assert sorted(int(image[0].mean()) for image in images) == [30, 50]
+    with pytest.raises(UserError, match="images 'hf:no/where' cannot be loaded"):
+        open_cache("hf:no/where", 8, 3)
+
+
+def test_a_data_set_of_the_hub_needs_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"need the package datasets: pip install 'advkd\[datasets\]'"):
+        open_cache("hf:owner/name", 8, 3)
 
 
 def test_a_preset_takes_images_from_a_folder(photographs):

@@ -31,40 +31,13 @@ from advkd.teacher import untrained_unet
 from advkd.trajectories import TrajectoryStore, generate_trajectories
 
 ROOT = Path(__file__).parents[1]
-ADVKD = [sys.executable, "-m", "advkd", "--threads", "1"]
-ENVIRONMENT = os.environ | {"ADVKD_PROGRESS": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def launch(*arguments, processes=1, **options):
-    """`python -m advkd ...`, or the same under `accelerate launch` with several processes on the CPU."""
-    command = ADVKD
-    if processes > 1:
-        launcher = [
-            "-m",
-            "accelerate.commands.launch",
-            "--cpu",
-            "--num_processes",
-            str(processes),
-            "--num_machines",
-            "1",
-        ]
-        launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
-        command = [sys.executable, *launcher, *ADVKD[1:]]
-    return subprocess.Popen(
-        [*command, *map(str, arguments)],
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **options,
-    )
-
-
-def advkd(*arguments, **options):
-    process = launch(*arguments, **options)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
+def invoke(*arguments):
+    """A command in this process; what it says."""
+    result = CliRunner().invoke(cli, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
 
 
 def checksums(folder):
@@ -117,11 +90,6 @@ SHAPES = {
 def test_a_teacher_and_images_of_ones_own_run_end_to_end(tmp_path, monkeypatch, photographs, shape, recipe):
     monkeypatch.chdir(tmp_path)
 
-    def invoke(*arguments):
-        result = CliRunner().invoke(cli, [str(a) for a in arguments], catch_exceptions=False)
-        assert result.exit_code == 0, result.output
-        return result.stdout
-
     monkeypatch.setitem(presets._RECIPES[recipe], "batch_sizes", (8,))
     teacher = make_teacher(tmp_path / "teacher", **shape)
     few = ["--sampler", "dpm-solver", "--sampler-steps", 10, "--count", 8]
@@ -156,23 +124,6 @@ def test_notebook_3_trains_with_a_teacher_of_the_papers_architecture_and_a_folde
     figures = {file.name for file in (tmp_path / "figures" / "own").iterdir()}
     assert {"strip.png", "recipes.png", "training_curves.png", "critic_answers.json"} <= figures
     assert load_run(next((tmp_path / "runs" / "own").glob("improved-*"))).student.config.image_size_px == 32
-
-
-@pytest.fixture(scope="module")
-def slow_teacher(tmp_path_factory):
-    return make_teacher(tmp_path_factory.mktemp("teacher"), 32, 3, DDPMScheduler())
-
-
-@pytest.fixture(scope="module")
-def many(slow_teacher):
-    return ["--teacher", slow_teacher, "--count", 400, "--sampler-steps", 10, "--sampler", "ddpm"]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, many):
-    folder = tmp_path_factory.mktemp("store") / "one"
-    advkd("trajectories", *many, "--out", folder)
-    return checksums(folder)
 
 
 def train_in(rank, port, cases):
@@ -216,9 +167,16 @@ def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch, improved, s
         )
 
 
-def test_two_processes_make_the_store_of_one(tmp_path, many, undisturbed):
-    advkd("trajectories", *many, "--out", tmp_path / "two", processes=2)
-    assert checksums(tmp_path / "two") == undisturbed and len(undisturbed) == 8
+def test_two_processes_make_the_store_of_one(tmp_path):
+    teacher = make_teacher(tmp_path / "teacher", 32, 3, DDPMScheduler())
+    arguments = ["trajectories", "--teacher", teacher, "--count", 160, "--sampler-steps", 10, "--sampler", "ddpm"]
+    invoke(*arguments, "--out", tmp_path / "one")
+    launcher = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    launcher += ["--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "-m", "advkd", "--threads", "1"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([*command, "--out", str(tmp_path / "two")], env=environment, check=True, timeout=300)
+    assert checksums(tmp_path / "one") == checksums(tmp_path / "two") and len(checksums(tmp_path / "two")) == 4
 
 
 def killed_after(seconds, target, *arguments):
