@@ -15,7 +15,18 @@ from advkd.pipeline import StudentPipeline
 from advkd.presets import ASSETS, load_preset
 from advkd.student import Student
 
-COMMANDS = ["ablate", "evaluate", "extractor", "quality", "reproduce", "sample", "teacher", "train", "trajectories"]
+COMMANDS = [
+    "ablate",
+    "benchmark",
+    "evaluate",
+    "extractor",
+    "quality",
+    "reproduce",
+    "sample",
+    "teacher",
+    "train",
+    "trajectories",
+]
 
 
 @pytest.fixture(scope="module")

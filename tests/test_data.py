@@ -53,7 +53,7 @@ def test_unknown_split_and_images_that_are_not_embedded_are_refused():
         load_images(load_preset("digits"), "unseen-fonts")
     with pytest.raises(UserError, match="no split 'test'; splits: train, heldout"):
         load_images(PRESET, "test")
-    with pytest.raises(UserError, match="'celebahq' are not embedded; set real_share=0"):
+    with pytest.raises(UserError, match="'celebahq' are not embedded; give a folder of them"):
         load_images(load_preset("celebahq"), "train")
 
 

@@ -178,8 +178,10 @@ def test_the_metric_is_named_for_what_it_is(metric, tmp_path, digits):
     json.dumps(p)
     with pytest.raises(UserError, match="is no Inception weights file; give one, or 'download'"):
         Metric(inception=tmp_path / "weights.pth")
-    with pytest.raises(UserError, match="holds no feature extractor"):
-        Metric("mnist")
+    with pytest.raises(
+        UserError, match="no classifier of one's own images .* give Inception's weights: inception=FILE"
+    ):
+        Metric("folder")
 
 
 def test_inception_weights_are_part_of_the_protocol(tmp_path):
