@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from advkd.presets import Preset, UserError, load_preset, own_preset
+from advkd.presets import UserError, load_preset, own_preset
 
 
 class _Commands(click.Group):
@@ -48,7 +48,9 @@ def cli(threads: int | None, deterministic: bool):
 
 
 PRESET = click.option("--preset", "name", default="digits", help="What to work on: digits, glyphs, celebahq, ...")
-OWN = click.option("--preset", "name", help="What to work on (default: digits; with --teacher, what fits the teacher).")
+OWN = click.option(
+    "--preset", "name", help="What to work on (default: what the trajectories or --teacher say, or digits)."
+)
 IMAGES = click.option("--images", help="Real images: a folder (any depth; png, jpg, webp), or hf:OWNER/NAME.")
 DEVICE = click.option("--device", default="auto", help="auto, cuda, mps or cpu.")
 RECIPE = click.option("--recipe", default="improved", help="How to train the student: improved, paper.")
@@ -145,10 +147,13 @@ def trajectories(name: str | None, recipe: str, out: Path, source: str | None, d
 
     In several processes, each on a device of its own: accelerate launch -m advkd trajectories ...
     """
-    from advkd.teacher import load_teacher, teacher_shape
+    from advkd.student import describe
+    from advkd.teacher import find_preset, load_teacher
     from advkd.trajectories import generate_trajectories
 
-    preset = _experiment(name, recipe, given, (source, *teacher_shape(source)) if source else None)
+    given = {field: value for field, value in given.items() if value is not None}
+    preset = find_preset(name or ("own" if source else "digits"), recipe, source or "", **given)
+    _say(describe(preset))
     store = generate_trajectories(load_teacher(preset, source), preset, out, device=device)
     _say(f"trajectories: {len(store)} in {out}")
 
@@ -159,18 +164,6 @@ def _say(text: str) -> None:
 
     if processes()[0] == 0:
         click.echo(text)
-
-
-def _experiment(name: str | None, recipe: str, given: dict, own: tuple[str, int, int] | None) -> Preset:
-    """The preset that was named (digits, if nothing was), or one that fits a teacher of `own` (source, size, channels)."""
-    from advkd.student import describe
-
-    given = {field: value for field, value in given.items() if value is not None}
-    if name or not own:
-        return load_preset(name or "digits", recipe, **given)
-    preset = own_preset(*own, recipe, **given)
-    _say(describe(preset))
-    return preset
 
 
 @cli.command()
@@ -206,24 +199,32 @@ def train(
     """
     from advkd.data import load_images
     from advkd.run import finish, train_run
-    from advkd.teacher import load_teacher, teacher_shape
+    from advkd.student import describe
+    from advkd.teacher import find_preset, load_teacher
     from advkd.trajectories import TrajectoryStore, generate_trajectories
 
     if store and source:
         raise UserError("--teacher has made the --trajectories already; give one of the two")
-    opened, own = TrajectoryStore(store) if store else None, (source, *teacher_shape(source)) if source else None
-    if opened:
+    given = {field: value for field, value in given.items() if value is not None}
+    if store:
+        opened = TrajectoryStore(store)
         opened.verify()
-        if not opened.teacher.startswith("assets/"):
-            own = opened.teacher, opened.config["image_size_px"], opened.config["channels"]
-    preset = _experiment(name, recipe, given, own)
-    idle = {"joint": "epochs", "staged": "steps"}[preset.schedule]
-    if given[idle] is not None:
-        raise UserError(f"--{idle} has no effect on recipe {recipe!r}, whose schedule is {preset.schedule!r}")
-    if opened:
+        name = name or opened.preset or "digits"
+        shape = opened.config["image_size_px"], opened.config["channels"]
+        preset = (
+            own_preset(opened.teacher, *shape, recipe, **given) if name == "own" else load_preset(name, recipe, **given)
+        )
         preset = preset.replace(teacher=opened.teacher, **opened.made_with())
     else:
+        preset = find_preset(name or ("own" if source else "digits"), recipe, source or "", **given)
         preset = preset.replace(teacher=source or preset.teacher)
+    idle = {"joint": "epochs", "staged": "steps"}[preset.schedule]
+    if idle in given:
+        raise UserError(f"--{idle} has no effect on recipe {recipe!r}, whose schedule is {preset.schedule!r}")
+    if given.get("images") and not preset.real_share:
+        raise UserError(f"--images have no effect on recipe {recipe!r}, which trains without real images")
+    _say(describe(preset))
+    if not store:
         opened = generate_trajectories(load_teacher(preset), preset, out / "trajectories", device=device)
     images = load_images(preset, "train")[0] if preset.real_share else None
     last = finish(train_run(preset, opened, out, images=images, resume=resume, device=device))
@@ -259,27 +260,35 @@ def sample(student: Path, count: int, seed: int, out: Path):
 @COUNT
 @SEED
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="A JSON file.")
+@IMAGES
 @click.option("--inception", help="Inception weights file, or 'download': FID in place of FD-digits.")
 @click.option("--few", is_flag=True, help="Allow fewer images than features.")
-def evaluate(student: Path, name: str, count: int, seed: int, out: Path, inception: str | None, few: bool):
+def evaluate(
+    student: Path, name: str, count: int, seed: int, out: Path, images: str | None, inception: str | None, few: bool
+):
     """Compare a student's images with the real ones; writes a row with its protocol."""
     from advkd.data import reference_images
     from advkd.evaluation import Metric, protocol, sample_student, student_latency_ms, student_row
     from advkd.files import write_json
     from advkd.run import load_run, read_run
 
-    preset, pipeline = load_preset(name), load_run(student)
+    pipeline = load_run(student)
+    config = pipeline.student.config
+    given = {"images": images} if images else {}
+    preset = (
+        own_preset("", config.image_size_px, config.channels, **given) if name == "own" else load_preset(name, **given)
+    )
     metric = Metric(preset.data, inception=inception)
-    shape = (pipeline.student.config.channels, pipeline.student.config.image_size_px)
+    shape = (config.channels, config.image_size_px)
     if shape != (preset.channels, preset.image_size_px):
         raise UserError(
             f"{student} makes {shape[0]} channels at {shape[1]} px, "
             f"but preset {name!r} has {preset.channels} at {preset.image_size_px}"
         )
     train_images, heldout = reference_images(preset, "train")[0], reference_images(preset, "heldout")[0]
-    images, made = sample_student(pipeline, count, seed), read_run(student)
+    samples, made = sample_student(pipeline, count, seed), read_run(student)
     row = student_row(pipeline, made and made["preset"]["recipe"])
-    row |= metric.evaluate(images, train_images, heldout, few) | {"ms_per_image": student_latency_ms(pipeline)}
+    row |= metric.evaluate(samples, train_images, heldout, few) | {"ms_per_image": student_latency_ms(pipeline)}
     write_json(out, {"protocol": protocol(metric, count, seed, train_images, heldout), "rows": [row]})
     click.echo(f"{metric.label} {row['fd_train']:.3f} (train), {row['fd_heldout']:.3f} (held out): {out}")
 

@@ -2,12 +2,13 @@
 
 import multiprocessing
 import platform
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -94,14 +95,16 @@ def benchmark(chosen: list[Case]) -> Iterator[dict]:
     peaks: dict[str, float] = {}
     for case in chosen:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            row = pool.submit(measure, case).result()
+            try:
+                row = pool.submit(measure, case).result()
+            except BrokenProcessPool:
+                row = _about(case) | {"error": "its process was killed (out of memory?)"}
         if "ms_per_image" in row and row.get("gflop_per_image"):
             speed = row["gflop_per_image"] / row["ms_per_image"]
             if case.kind == "matrix":
                 peaks[row["dtype"]] = speed
-            row["share_of_peak"] = (
-                speed / peaks["bfloat16" if "bfloat16" in (case.variant, row["dtype"]) else "float32"]
-            )
+            if row["dtype"] in peaks:
+                row["share_of_peak"] = speed / peaks[row["dtype"]]
         yield row
 
 
@@ -110,7 +113,8 @@ def protocol(preset: str) -> dict:
     return {
         "preset": preset,
         "weights": "random: time and memory do not depend on them",
-        "ms_per_image": "median; every row in a process of its own, one after the other",
+        "ms_per_image": "median (trajectory: one; training step: mean of a penalty's period); each row in its own process",
+        "float32": "TF32 where the device has it",
         "teacher_50_and_1000_steps": "50 and 1000 times the row of one step",
         "peak_memory_mb": "CPU: peak resident memory over that of the process with the package imported; GPU: allocated by torch",
         "gpu": "measured" if torch.cuda.is_available() else "not measured: none was available",
@@ -123,9 +127,8 @@ def measure(case: Case) -> dict:
     """One row; what cannot be measured (no compiler, no memory) leaves its `error` there."""
     torch.set_num_threads(case.threads)
     device = pick_device(case.device)
-    about = {"kind": case.kind, "name": case.name, "variant": case.variant, "batch": case.batch}
-    about |= {"device": _device_name(device), "threads": case.threads}
-    before = _memory_mb(device)
+    torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it, for products as for convolutions
+    about, before = _about(case) | {"device": _device_name(device)}, _memory_mb(device, restart=True)
     try:
         found = KINDS[case.kind](case, device)
     except Exception as error:  # of any library: a benchmark goes on
@@ -136,16 +139,27 @@ def measure(case: Case) -> dict:
     return about | found
 
 
+def _about(case: Case) -> dict:
+    about = {"kind": case.kind, "name": case.name, "variant": case.variant, "batch": case.batch}
+    return about | {"device": case.device, "threads": case.threads}
+
+
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU"
 
 
-def _memory_mb(device: torch.device) -> float:
+def _memory_mb(device: torch.device, restart: bool = False) -> float:
+    """The peak since the last restart, which begins at what is taken now. On Linux's own count, where there is no GPU."""
     if device.type == "cuda":
+        if restart:
+            torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.max_memory_allocated(device) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3  # kilobytes, on Linux
+    if restart:
+        Path("/proc/self/clear_refs").write_text("5")
+    (peak,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(peak.split()[1]) * 1024 / 1e6
 
 
 def _timed(call: Callable[[], object], images: int, case: Case) -> dict:
@@ -206,15 +220,17 @@ def _trajectory(case: Case, device: torch.device) -> dict:
 
 def _training(case: Case, device: torch.device) -> dict:
     """Steps of the last stage, with the penalty as often as the recipe has it."""
-    p = load_preset(case.preset, case.name.split()[0], batch_sizes=(case.batch,))
-    p = p.replace(schedule="joint", steps=2 + p.penalty_every, trajectories=STORED)
+    p = load_preset(case.preset, case.name.split()[0], batch_sizes=(case.batch,), trajectories=STORED)
+    seconds = []
     with tempfile.TemporaryDirectory() as folder:
-        store, times = _photographs_store(p, Path(folder)), []
-        student = Student.from_preset(p)
-        for _ in train_advkd(student, lambda k: make_discriminator(p, k), store, p, device=str(device)):
-            times.append(time.perf_counter())
-    seconds = (times[-1] - times[1]) / (len(times) - 2)  # the first steps make the optimizers' moments
-    return {"ms_per_image": 1e3 * seconds / case.batch, "dtype": p.train_dtype}
+        store = _photographs_store(p, Path(folder))
+        for steps in (2, 2 + p.penalty_every):  # the first steps make the optimizers' moments, and a store is read
+            q = p.replace(schedule="joint", steps=steps)
+            start = time.perf_counter()
+            for _ in train_advkd(Student.from_preset(q), partial(make_discriminator, q), store, q, device=str(device)):
+                pass
+            seconds.append(time.perf_counter() - start)
+    return {"ms_per_image": 1e3 * (seconds[1] - seconds[0]) / p.penalty_every / case.batch, "dtype": p.train_dtype}
 
 
 def _reading(case: Case, device: torch.device) -> dict:

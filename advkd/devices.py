@@ -12,36 +12,45 @@ from advkd.presets import UserError
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device called `name`; "auto" is the first of cuda, mps, cpu that exists, under a
-    launcher the one that it gave this process. Raises UserError if `name` does not."""
-    if name == "auto" and processes()[1] > 1:
-        return PartialState().device
+    """The device called `name`; "auto" is the first of cuda, mps, cpu that exists.
+
+    Under a launcher, which the processes join here, "auto" and "cuda" are the GPU that it gave this process. Raises UserError
+    for a device that does not exist, and for a numbered one under a launcher.
+    """
     there = {f"cuda:{i}": True for i in range(torch.cuda.device_count())}
     there = {"cuda": bool(there)} | there | {"mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device(next(kind for kind, available in there.items() if available))
+        name = next(kind for kind, available in there.items() if available)
     if not there.get(name):
         raise UserError(
             f"device {name!r} is not available here; available: {', '.join(k for k, v in there.items() if v)}"
         )
-    return torch.device(name)
+    if processes()[1] == 1:
+        return torch.device(name)
+    if name not in ("cuda", "cpu"):
+        raise UserError(f"device is {name!r}, but under a launcher each process has its own: auto, cuda or cpu")
+    return PartialState(cpu=name == "cpu").device
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of a device, or of the machine."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    """Free memory of a device, or this process' share of that of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device that the program does not wait for; `x` itself where it is there."""
+    return (
+        x.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda" and x.device.type == "cpu"
+        else x.to(device)
+    )
 
 
 def processes() -> tuple[int, int]:
     """This process' rank and how many there are, as `accelerate launch` and torchrun say; (0, 1) without them."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def join() -> tuple[int, int]:
-    """`processes()`, after they have found each other."""
-    if processes()[1] > 1:
-        PartialState()
-    return processes()
 
 
 class _Sum(torch.autograd.Function):
@@ -127,5 +136,5 @@ def with_global_batches(module: nn.Module) -> nn.Module:
         if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
             changed = GlobalBatchNorm(child.num_features, child.eps, child.momentum)
             changed.load_state_dict(child.state_dict())
-            module.set_submodule(name, changed.train(child.training))
+            module.set_submodule(name, changed.to(child.weight.device).train(child.training))
     return module

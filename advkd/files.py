@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields
@@ -31,6 +32,15 @@ def project_root() -> Path:
 def quiet(progress: bool) -> bool:
     """Whether progress bars are off: by argument, or by ADVKD_PROGRESS=0 (tqdm's notebook bar has no such switch)."""
     return not progress or os.environ.get("ADVKD_PROGRESS") == "0"
+
+
+def check_disk(folder: Path, wanted: int, what: str) -> None:
+    """Raise UserError when less than `wanted` bytes are free where `folder` is or will be."""
+    there = next(f for f in (folder.absolute(), *folder.absolute().parents) if f.exists())
+    if (free := shutil.disk_usage(there).free) < wanted:
+        raise UserError(
+            f"{what} need {wanted / 1e9:.3g} GB, but {folder} has {free / 1e9:.3g} GB free; make room for them"
+        )
 
 
 def first_line(error: Exception) -> str:

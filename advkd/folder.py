@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from filelock import FileLock
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from advkd.devices import processes
-from advkd.files import first_line, quiet, write_json
+from advkd.files import check_disk, first_line, quiet, write_json
 from advkd.presets import UserError, config_hash
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -23,14 +22,14 @@ UNREADABLE_SHARE = 0.01  # of the files; more of them are an error
 HELDOUT_SHARE, HELDOUT_MOST = 0.1, 10_000
 CHUNK = 1024  # images between two states that an interrupted decoding goes on from
 HUB = "hf:"  # what a data set of the hub begins with
-_UNREADABLE = (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError)
 
 
 class CachedImages:
     """Some images of a cache: `(n, c, h, w)` in [-1, 1] once indexed by a slice or a 1-D integer tensor."""
 
-    def __init__(self, pixels: np.ndarray, chosen: np.ndarray):
+    def __init__(self, pixels: np.memmap, chosen: np.ndarray):
         self.pixels, self.chosen = pixels, chosen
+        self.identity = Path(pixels.filename).parent.name  # changes with the files that they were decoded from
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -54,17 +53,18 @@ def load_folder(source: str, size_px: int, channels: int, split: str) -> CachedI
     return CachedImages(pixels, np.sort(order[:held] if split == "heldout" else order[held:]))
 
 
-def open_cache(source: str, size_px: int, channels: int) -> np.ndarray:
+def open_cache(source: str, size_px: int, channels: int) -> np.memmap:
     """All readable images of a source, uint8 `(n, c, h, w)`, as a memory map; decodes them if that was not done yet."""
     names, identity, read = _hub_images(source) if source.startswith(HUB) else _files(source)
     made_from = {"source": identity, "size_px": size_px, "channels": channels}
     folder = Path("runs") / "images" / config_hash(made_from)
     index, file = folder / "index.json", folder / "images.u8"
-    while not index.exists():
-        if processes()[0]:  # of several processes, the first one decodes
-            time.sleep(1)
-            continue
-        _decode(names, lambda name: _pixels(read(name), size_px, channels), folder, source)
+    if not index.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock"):  # of several processes one decodes, the others wait for it
+            if not index.exists():
+                check_disk(folder, len(names) * channels * size_px**2, "the decoded images")
+                _decode(names, lambda name: _pixels(read(name), size_px, channels), folder, source)
     found = json.loads(index.read_text(encoding="utf-8"))
     if unreadable := found["unreadable"]:
         warnings.warn(
@@ -106,6 +106,8 @@ def _pixels(image: Image.Image, size_px: int, channels: int) -> np.ndarray:
     """The central square of an image as uint8 `(c, size_px, size_px)`."""
     with image:
         image.draft(None, (2 * size_px, 2 * size_px))  # large jpegs are decoded at a fraction of their size
+        if image.mode.startswith("I"):  # 16 bits of grey
+            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
         upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
         square = ImageOps.fit(upright, (size_px, size_px), Image.Resampling.LANCZOS)
     return np.asarray(square).reshape(size_px, size_px, channels).transpose(2, 0, 1)
@@ -113,7 +115,6 @@ def _pixels(image: Image.Image, size_px: int, channels: int) -> np.ndarray:
 
 def _decode(names: Sequence[str], read: Callable[[str], np.ndarray], folder: Path, source: str) -> None:
     """Write all images one after the other; goes on where an earlier call stopped."""
-    folder.mkdir(parents=True, exist_ok=True)
     file, progress = folder / "images.u8", folder / "progress.json"
     state = {"done": 0, "bytes": 0, "images": 0, "unreadable": []}
     if progress.exists():
@@ -145,5 +146,5 @@ def _decode(names: Sequence[str], read: Callable[[str], np.ndarray], folder: Pat
 def _or_none(read: Callable[[str], np.ndarray], name: str) -> np.ndarray | None:
     try:
         return read(name)
-    except _UNREADABLE:
+    except Exception:  # decoders raise nearly every kind for a damaged file; it is listed
         return None

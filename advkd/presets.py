@@ -399,6 +399,8 @@ def own_preset(teacher: str, image_size_px: int, channels: int, recipe: str = "i
     """An experiment with a teacher of one's own, "own": submodules, widths and weights follow from the images' shape."""
     if image_size_px < 8 or image_size_px & (image_size_px - 1):
         raise UserError(f"teacher {teacher!r} makes images of {image_size_px} px; it must be a power of two, 8 or more")
+    if channels not in (1, 3):
+        raise UserError(f"teacher {teacher!r} makes images of {channels} channels; it must be 1 or 3")
     data = _hub(teacher, image_size_px) | {"channels": channels}
     return _build("own", recipe, data, overrides)
 
@@ -409,6 +411,8 @@ def _build(name: str, recipe: str, data: dict, overrides: dict) -> Preset:
     scale = _SCALES.get((name, recipe)) or _scale(data["image_size_px"], data["channels"], recipe)
     if overrides.get("images"):  # images are given to be used
         overrides = {"real_share": _RECIPES[recipe]["real_share"]} | overrides
+        if not overrides["real_share"]:
+            raise UserError(f"recipe {recipe!r} trains without real images: no images, or real_share > 0")
     return _with(Preset(name=name, recipe=recipe, **(data | _RECIPES[recipe] | scale)), overrides)
 
 

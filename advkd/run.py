@@ -62,6 +62,8 @@ def train_run(
     """
     folder = Path(folder)
     this = {"preset": preset_fields(preset), "trajectories": trajectories.config}
+    if identity := getattr(images, "identity", None):  # of a folder, whose files may change
+        this["images"] = {"decoded": identity}
     _check_folder(folder, this, resume)
     if (folder / PIPELINE / "model_index.json").exists():
         yield from read_curves(folder)
@@ -118,7 +120,7 @@ def _check_folder(folder: Path, this: dict, resume: bool) -> None:
     if not (folder / RUN).exists():
         raise UserError(f"{folder} does not say what it holds (no {RUN}); {other}")
     made = read_run(folder)
-    if different := [d for part, wanted in this.items() for d in differences(made[part], wanted)]:
+    if different := [d for part, wanted in this.items() for d in differences(made.get(part, {}), wanted)]:
         raise UserError(f"{folder} belongs to another preset ({'; '.join(different)}); {other}")
 
 

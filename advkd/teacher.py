@@ -97,10 +97,10 @@ def teacher_shape(source: str) -> tuple[int, int]:
 def find_preset(name: str, recipe: str = "improved", teacher: str = "", **overrides) -> Preset:
     """The preset `name`; "own" is what fits the teacher (a folder or a hub id): see `presets.own_preset`.
 
-    `overrides` are single fields; an empty `images` counts as not given. Raises UserError as `load_preset` does, and
-    for "own" without a teacher.
+    `overrides` are single fields; an empty `images` counts as not given, as does any with the paper's recipe, which
+    knows no real images. Raises UserError as `load_preset` does, and for "own" without a teacher.
     """
-    if not overrides.get("images"):
+    if not overrides.get("images") or (recipe == "paper" and not overrides.get("real_share")):
         overrides.pop("images", None)
     if name != "own":
         return load_preset(name, recipe, **overrides)

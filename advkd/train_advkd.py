@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +12,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from advkd import losses
 from advkd.data import batch_generator
-from advkd.devices import all_mean, average_gradients, free_bytes, join, pick_device, with_global_batches
+from advkd.devices import (
+    all_mean,
+    average_gradients,
+    free_bytes,
+    pick_device,
+    processes,
+    to_device,
+    with_global_batches,
+)
 from advkd.files import CHECKPOINT_EVERY, differences, load_checkpoint, read_checkpoint_state, save_checkpoint
 from advkd.presets import Preset, UserError, asdict
 from advkd.trajectories import Column, TrajectoryStore, as_images
@@ -58,8 +65,8 @@ def train_advkd(
     `make_critic(k)` gives a new critic `(image, latent) -> logits` for submodule k. `images` `(n, c, h, w)` in [-1, 1]
     are real training images, wanted where `preset.real_share > 0`. `checkpoint` is a file written every 500 steps and
     after the last; with `resume` training goes on from it and gives the weights of a run that was not stopped.
-    Several processes (`accelerate launch`) share every batch and end with the weights of one, to rounding; the first
-    writes. A GPU is never waited for but every 50 steps, when their records are read.
+    Several processes (`accelerate launch`) share every batch and take the steps of one, to rounding; the first
+    writes. Of a GPU the records of 50 steps are read at once.
     Raises UserError if the checkpoint was made with another preset and if a loss is not finite.
     """
     if preset.real_share and images is None:
@@ -167,7 +174,7 @@ class _Loop:
 
     def __init__(self, student, make_critic, trajectories, preset, images, device):
         self.student, self.make_critic, self.preset, self.device = student, make_critic, preset, device
-        self.rank, self.count = join()
+        self.rank, self.count = processes()
         self.plan = Plan(preset, len(trajectories))
         for k in self.plan.stages:
             if uneven := [n for n in self._parts(k) if n % self.count]:
@@ -196,8 +203,10 @@ class _Loop:
             submodule.requires_grad_(i <= k)
         self.modules["critic"] = critic
         if p.ema:
-            average = partial(update_average, p.ema)
-            self.modules["average"] = AveragedModel(self.student, multi_avg_fn=average, use_buffers=True)
+            average = AveragedModel(self.student, use_buffers=True)
+            # Its own count, which lies on the CPU: the one that it is given would be waited for on a GPU.
+            average.multi_avg_fn = lambda *weights: update_average(p.ema, *weights[:2], average.n_averaged)
+            self.modules["average"] = average
         trainable = [q for q in self.student.parameters() if q.requires_grad]
         adam = {"lr": p.learning_rate, "betas": p.betas, "fused": True}  # fused: a tenth of a step here
         self.optimizers = {
@@ -224,7 +233,9 @@ class _Loop:
         total, paired, _ = self._parts(k)
         batch = self._mine(plan.batch(step))
         fresh = self._randn(generator, (total - paired) // self.count, *self.latents.shape[1:])
-        latents = torch.cat([self.latents[batch.to(self.device)], fresh]).contiguous(memory_format=torch.channels_last)
+        latents = torch.cat([self.latents[to_device(batch, self.device)], fresh]).contiguous(
+            memory_format=torch.channels_last
+        )
         targets = {i: self._rows(column, batch) for i, column in self.targets.items()}
         with self._autocast():
             images = (
@@ -237,7 +248,7 @@ class _Loop:
         real, shown = self._veil(real, generator), self._veil(fake.detach(), generator)
         critic_loss, penalty, critic_gradient = self._train_critic(real, shown, latents, generator, step)
         student_loss, l1, student_gradient = self._train_student(images, self._veil(fake, generator), latents, targets)
-        missing = critic_loss.new_tensor(torch.nan)
+        missing = torch.full((), torch.nan, device=self.device)
         values = (
             critic_loss,
             student_loss,
@@ -266,8 +277,9 @@ class _Loop:
         return whole[self.rank :: self.count]
 
     def _rows(self, column: Tensor | Column, indices: Tensor) -> Tensor:
-        where = self.device if isinstance(column, Tensor) else "cpu"
-        return as_images(column[indices.to(where)].to(self.device, non_blocking=True))
+        if isinstance(column, Tensor):
+            return as_images(column[to_device(indices, self.device)])
+        return as_images(to_device(column[indices], self.device))
 
     def _real(self, targets: Tensor, k: int, generator: torch.Generator) -> Tensor:
         """What the critic is told is real: this batch's targets, topped up with other trajectories and real images."""
@@ -276,7 +288,7 @@ class _Loop:
         parts = [targets[: teachers // self.count], self._rows(self.targets[k], self._mine(others))]
         if from_data := total - teachers:
             chosen = self._mine(torch.randint(len(self.images), (from_data,), generator=generator))
-            parts.append(F.adaptive_avg_pool2d(self.images[chosen].to(self.device), targets.shape[-1]))
+            parts.append(F.adaptive_avg_pool2d(to_device(self.images[chosen], self.device), targets.shape[-1]))
         return torch.cat(parts).contiguous(memory_format=torch.channels_last)
 
     def _veil(self, images: Tensor, generator: torch.Generator) -> Tensor:
@@ -310,7 +322,7 @@ class _Loop:
         if self.preset.penalty == "r1":
             return losses.r1_penalty(critic, real)
         weight = self._mine(torch.rand(len(real) * self.count, 1, 1, 1, generator=generator))
-        return losses.gradient_penalty(critic, real, fake, weight.to(self.device))
+        return losses.gradient_penalty(critic, real, fake, to_device(weight, self.device))
 
     def _train_student(self, images, fake, latents, targets):
         """The adversarial loss of the last image, and L1 of the supervised heads on the paired part of the batch."""
@@ -341,7 +353,7 @@ class _Loop:
         return total.detach(), l1.detach(), gradient
 
     def _randn(self, generator: torch.Generator, count: int, *shape: int) -> Tensor:
-        return self._mine(torch.randn(count * self.count, *shape, generator=generator)).to(self.device)
+        return to_device(self._mine(torch.randn(count * self.count, *shape, generator=generator)), self.device)
 
     def _autocast(self):
         dtype = getattr(torch, self.preset.train_dtype)

@@ -1,7 +1,7 @@
 """Noise to the teacher's states at the stages' times, and a memory-mapped, resumable store of them."""
 
 import json
-import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from advkd.data import from_uint8, make_latent, sample_generators, sample_noise, seeded_noise, to_uint8
 from advkd.devices import pick_device, processes
-from advkd.files import differences, quiet, sha256, write_atomic, write_json
+from advkd.files import check_disk, differences, quiet, sha256, write_atomic, write_json
 from advkd.presets import LATENT_SIDE, Preset, UserError, config_hash, stage_times
 from advkd.teacher import Teacher
 
@@ -52,7 +52,7 @@ def denoise(
 
     The U-Net runs in its own dtype, the state stays in float32. Ancestral noise comes from each sample's generator.
     """
-    unet, xt = teacher.unet, noise
+    unet, xt = teacher.unet, noise.to(teacher.unet.device)
     ancestral = {"generator": list(generators)} if isinstance(scheduler, DDPMScheduler) else {}
     scheduler.set_timesteps(scheduler.num_inference_steps)  # a solver of second order remembers its last trajectory
     for t in scheduler.timesteps:
@@ -96,7 +96,7 @@ def sample_teacher(
         for start in range(0, len(indices), preset.shard_size):
             generators = sample_generators(indices[start : start + preset.shard_size], seed)
             noise = sample_noise(generators, preset.image_shape)
-            *_, (_, image, _) = denoise(teacher, noise.to(teacher.unet.device), scheduler, generators)
+            *_, (_, image, _) = denoise(teacher, noise, scheduler, generators)
             images.append(image.clamp(-1, 1).cpu())
             bar.update(len(image))
     return torch.cat(images)
@@ -105,13 +105,13 @@ def sample_teacher(
 @contextmanager
 def _computing_in(teacher: Teacher, dtype: str, device: torch.device) -> Iterator[None]:
     """Within the block the teacher computes there in that dtype, channels last; its float32 weights come back after it."""
-    unet = teacher.unet
+    unet, before = teacher.unet, teacher.unet.device
     float32 = {name: value.clone() for name, value in unet.state_dict().items()}
     torch.nn.Module.to(unet, device, getattr(torch, dtype), memory_format=torch.channels_last)
     try:
         yield
     finally:
-        torch.nn.Module.to(unet, "cpu", torch.float32)
+        torch.nn.Module.to(unet, before, torch.float32)
         unet.load_state_dict(float32)
 
 
@@ -159,6 +159,7 @@ def generate_trajectories(
         "config": config,
         "teacher": teacher.source,
         "revision": teacher.revision,
+        "preset": preset.name,
         "shards": {},
     }
     if different := differences(manifest["config"], config):
@@ -168,14 +169,18 @@ def generate_trajectories(
     starts = range(0, preset.trajectories, preset.shard_size)
     ends = (*starts[1:], preset.trajectories)
     shards = {f"shard-{n:05d}": range(*ends_of) for n, ends_of in enumerate(zip(starts, ends, strict=True))}
+    mine = {name: indices for number, (name, indices) in enumerate(shards.items()) if number % count == rank}
+    for left in (file for name in mine for file in folder.glob(f".{name}.*")):
+        left.unlink()  # half a file, of a process that was killed
     missing = {name: indices for name, indices in shards.items() if not _is_made(folder, name, manifest)}
     if missing:
-        _check_disk(folder, sum(map(len, missing.values())) * sample_bytes(preset))
-        if not (folder / MANIFEST).exists():
-            write_json(folder / MANIFEST, manifest)
-        mine = {name: indices for number, (name, indices) in enumerate(shards.items()) if number % count == rank}
+        check_disk(folder, sum(map(len, missing.values())) * sample_bytes(preset), "the trajectories")
+        if rank == 0:  # says nothing of shards that are to be made
+            kept = {file: entry for file, entry in manifest["shards"].items() if Path(file).stem not in missing}
+            write_json(folder / MANIFEST, manifest | {"shards": kept})
         with _computing_in(teacher, preset.teacher_dtype, pick_device(device)):
             _make_shards(teacher, preset, folder, mine, missing, progress and rank == 0)
+    if missing or list(folder.glob("shard-*.json")):
         _seal(folder, list(shards), rank)
     store = TrajectoryStore(folder)
     store.verify()
@@ -196,23 +201,26 @@ def _make_shards(
             if name not in missing:
                 continue
             path = folder / f"{name}.safetensors"
-            tensors = sample(of_batch, indices)
+            batch, tensors = sample(of_batch, indices)
             write_atomic(path, lambda temporary, tensors=tensors: save_file(tensors, temporary))
             entry = {"first": indices.start, "count": len(indices), "sha256": sha256(path)}
+            entry |= {"batch": batch} if batch < preset.shard_size else {}  # rounding follows from it
             write_json(path.with_suffix(".json"), entry)  # each process its own; they are gathered at the end
             bar.update(len(indices))
 
 
-def _shard(batch_size: int, of_batch: Callable[[range], dict[str, Tensor]], indices: range) -> dict[str, Tensor]:
+def _shard(
+    batch_size: int, of_batch: Callable[[range], dict[str, Tensor]], indices: range
+) -> tuple[int, dict[str, Tensor]]:
     parts = [of_batch(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return batch_size, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _batch(teacher: Teacher, preset: Preset, scheduler: SchedulerMixin, indices: range) -> dict[str, Tensor]:
     generators = sample_generators(indices, preset.trajectory_seed)
     noise = sample_noise(generators, preset.image_shape)
     tensors = {how: make_latent(noise, how) for how in ("block-mean", "shrink8bit")}
-    walk = states(teacher, noise.to(teacher.unet.device), scheduler, generators, preset.submodules)
+    walk = states(teacher, noise, scheduler, generators, preset.submodules)
     for k, (xt, x0) in enumerate(walk):
         if not xt.isfinite().all():
             raise UserError(f"the teacher {teacher.source!r} gives values that are not finite; check its weights")
@@ -229,15 +237,6 @@ def _stored_as(target: str, size_px: int) -> torch.dtype:
     return torch.float16 if target == "xt" and size_px <= HALF_UP_TO_PX else torch.uint8
 
 
-def _check_disk(folder: Path, wanted: int) -> None:
-    there = next(f for f in (folder.absolute(), *folder.absolute().parents) if f.exists())
-    if (free := shutil.disk_usage(there).free) < wanted:
-        raise UserError(
-            f"the trajectories need {wanted / 1e9:.1f} GB more, but {folder} has {free / 1e9:.1f} GB free; make room, or "
-            "fewer trajectories"
-        )
-
-
 def _is_made(folder: Path, name: str, manifest: dict) -> bool:
     file = f"{name}.safetensors"
     return file in manifest["shards"] and (folder / file).exists()
@@ -245,8 +244,12 @@ def _is_made(folder: Path, name: str, manifest: dict) -> bool:
 
 def _seal(folder: Path, names: list[str], rank: int) -> None:
     """Wait until every process has made its shards; the first then gathers what it says of them in the manifest."""
-    while not all(_is_made(folder, name, manifest := _read_manifest(folder)) for name in names):
-        time.sleep(1)
+    start, told = time.monotonic(), False
+    while not all(_is_made(folder, name, manifest := _read_manifest(folder) or {"shards": {}}) for name in names):
+        if not told and time.monotonic() - start > 60:
+            print(f"advkd: waiting for the shards of other processes in {folder}", file=sys.stderr)
+            told = True
+        time.sleep(0.5)
     if rank == 0:
         write_json(folder / MANIFEST, manifest | {"shards": dict(sorted(manifest["shards"].items()))})
         for name in names:
@@ -292,10 +295,11 @@ class Column:
         return sum(map(len, self.parts))
 
     def __getitem__(self, indices: slice | Tensor) -> Tensor:
-        if isinstance(indices, slice):
-            return torch.cat(self.parts)[indices]
+        if isinstance(indices, slice) and indices == slice(None):
+            return torch.cat(self.parts)
+        rows = range(len(self))[indices] if isinstance(indices, slice) else indices.tolist()
         size = len(self.parts[0])  # of every shard but the last
-        return torch.stack([self.parts[i // size][i % size] for i in indices.tolist()])
+        return torch.stack([self.parts[i // size][i % size] for i in rows])
 
 
 class TrajectoryStore:
@@ -310,6 +314,7 @@ class TrajectoryStore:
             )
         self.config, self.shards = manifest["config"], manifest["shards"]
         self.teacher = manifest.get("teacher")  # where its weights came from; the configuration has their fingerprint
+        self.preset = manifest.get("preset")  # its name
         if (have := sum(s["count"] for s in self.shards.values())) < len(self):
             raise UserError(f"{folder} holds {have} of {len(self)} trajectories; run the command that made it again")
 
@@ -339,9 +344,14 @@ class TrajectoryStore:
         shape = (config["channels"], config["image_size_px"], config["image_size_px"])
         return seeded_noise(range(len(self)), shape, config["trajectory_seed"])
 
-    def targets(self, k: int, target: str) -> Tensor:
+    def targets(self, k: int, target: str, rows: slice | Tensor = slice(None)) -> Tensor:
         """Submodule k's targets `(n, c, r, r)` in [-1, 1], float32; `target` is "xt" or "x0"."""
-        return as_images(self.column(f"{target}_{k}")[:])
+        return as_images(self.column(f"{target}_{k}")[rows])
+
+    def images(self, rows: slice | Tensor = slice(None)) -> Tensor:
+        """The teacher's images `(n, c, s, s)` in [-1, 1], float32: the last states, with 8 bits where both are stored."""
+        stored = self.config.get("stored", ("xt", "x0"))
+        return self.targets(self.config["submodules"] - 1, "x0" if "x0" in stored else "xt", rows)
 
     def verify(self) -> None:
         """Compare every shard with its checksum. Raises UserError that names a shard that changed."""

@@ -28,6 +28,7 @@ sample: int = 2  # index of the noise whose trajectory is drawn
 import torch
 
 from advkd.data import load_images, sample_generators, seeded_noise
+from advkd.devices import pick_device
 from advkd.figures import save_figure, save_table, show_images, show_strip, start_notebook
 from advkd.presets import stage_times
 from advkd.teacher import find_preset, load_teacher
@@ -48,6 +49,7 @@ p = find_preset(preset, teacher=teacher, images=images)
 
 # %%
 model = load_teacher(p, teacher or None)
+_ = model.unet.to(pick_device())
 real = p.data != "folder" or p.images
 (x0,) = (
     load_images(p, "train")[0][torch.tensor([sample])] if real else sample_teacher(model, p, "ddim", 50, [sample], 0)
@@ -110,8 +112,8 @@ for sampler, steps in (("ddpm", 100), ("ddim", 50)):
 import matplotlib.pyplot as plt
 
 figure, axes = plt.subplots(1, 2, figsize=(6, 4.6))
-for ax, (sampler, images) in zip(axes, ends.items(), strict=True):
-    show_images(ax, images, repeats, f"{sampler.upper()}, a row per noise")
+for ax, (sampler, made) in zip(axes, ends.items(), strict=True):
+    show_images(ax, made, repeats, f"{sampler.upper()}, a row per noise")
 _ = save_figure(figure, f"figures/{preset}", "ddpm_against_ddim")
 
 # %% [markdown]
@@ -121,9 +123,9 @@ _ = save_figure(figure, f"figures/{preset}", "ddpm_against_ddim")
 
 # %%
 shares = []
-for sampler, images in ends.items():
-    groups = images.view(noises, repeats, -1)
-    share = 1 - groups.var(dim=1, correction=0).mean() / images.flatten(1).var(dim=0, correction=0).mean()
+for sampler, made in ends.items():
+    groups = made.view(noises, repeats, -1)
+    share = 1 - groups.var(dim=1, correction=0).mean() / made.flatten(1).var(dim=0, correction=0).mean()
     shares.append({"model": "teacher", "sampler": sampler, "variance_explained_by_noise": round(share.item(), 2)})
 protocol = {"noises": noises, "repeats": repeats, "noise_seed": 0, "ancestral_seed": 7}
 _ = save_table(shares, protocol, f"figures/{preset}", "noise_to_image")

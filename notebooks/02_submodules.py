@@ -20,7 +20,7 @@ preset: str = "digits"  # the experiment: digits, glyphs, celebahq, cifar10, ...
 recipe: str = "improved"  # the student whose heads are drawn: improved or paper
 teacher: str = ""  # another teacher: a folder in diffusers format, or a hub id
 images: str = ""  # real images where the preset has none: a folder, or hf:OWNER/NAME
-fields: str = "{}"  # other values for fields of the preset, as JSON: {"trajectories": 64, "batch_sizes": [8]}
+overrides: str = "{}"  # other values for fields of the preset, as JSON: {"trajectories": 64, "batch_sizes": [8]}
 peek_steps: int = 200  # training steps before the heads are drawn
 
 # %%
@@ -39,7 +39,7 @@ from advkd.teacher import find_preset, load_teacher
 from advkd.trajectories import generate_trajectories, trajectory_dir
 
 start_notebook()
-p = find_preset(preset, recipe, teacher, images=images, **json.loads(fields))
+p = find_preset(preset, recipe, teacher, images=images, **json.loads(overrides))
 
 # %% [markdown]
 # ## The paper's student
@@ -165,7 +165,7 @@ pipeline = load_run(folder)
 # %%
 index = [2]
 heads = [pipeline(noise=noise[index], stage=k, output_type="pt").images[0] for k in range(p.submodules)]
-targets = [store.targets(k, p.target)[index[0]] for k in range(p.submodules)]
+targets = [store.targets(k, p.target, torch.tensor(index))[0] for k in range(p.submodules)]
 labels = [f"k = {k}\n{size} px" for k, size in enumerate(p.resolutions)]
 figure = show_strip({"teacher": targets, "student": heads}, labels, p.image_size_px)
 _ = save_figure(figure, f"figures/{preset}", "heads")

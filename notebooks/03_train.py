@@ -24,7 +24,7 @@ images: str = ""  # real images where the preset has none: a folder, or hf:OWNER
 steps: int = 0  # optimizer steps of the improved recipe; 0: the preset's
 paper_epochs: float = 0.25  # stage k of the paper's recipe trains for this times (k + 1) epochs; the paper: 10
 seed: int = 0  # seed of weights and batches
-fields: str = "{}"  # other values for fields of the preset, as JSON: {"trajectories": 64, "batch_sizes": [8]}
+overrides: str = "{}"  # other values for fields of the preset, as JSON: {"trajectories": 64, "batch_sizes": [8]}
 
 # %%
 import json
@@ -43,9 +43,9 @@ from advkd.trajectories import generate_trajectories, trajectory_dir
 
 start_notebook()
 budget = {"epochs": paper_epochs} if recipe == "paper" else {"steps": steps} if steps else {}
-given = json.loads(fields) | {"seed": seed}
+given = json.loads(overrides) | {"seed": seed}
 p = find_preset(preset, recipe, teacher, images=images, **given | budget)
-paper = find_preset(preset, "paper", teacher, **given | {"epochs": paper_epochs})
+paper = find_preset(preset, "paper", teacher, images=images, **given | {"epochs": paper_epochs})
 
 # %% [markdown]
 # ## Data: what the teacher did
@@ -99,7 +99,7 @@ student = load_run(run_dir(p, store))
 noise = seeded_noise(range(36), p.image_shape, p.trajectory_seed)
 pick = 2
 heads = [student(noise=noise[[pick]], stage=k, output_type="pt").images[0] for k in range(p.submodules)]
-targets = [store.targets(k, p.target)[pick] for k in range(p.submodules)]
+targets = [store.targets(k, p.target, torch.tensor([pick]))[0] for k in range(p.submodules)]
 labels = ["noise", *(f"state {k + 1}" for k in range(p.submodules))]
 figure = show_strip({"teacher": [noise[pick], *targets], "student": [noise[pick], *heads]}, labels, p.image_size_px)
 _ = save_figure(figure, f"figures/{preset}", "strip")
@@ -147,10 +147,10 @@ _ = save_figure(figure, f"figures/{preset}", "paper_curves")
 # as in training, and once with BatchNorm's running statistics, which are the same for both.
 
 # %%
-answers, n = [], min(500, len(store), len(paper_store))
+answers, n = [], min(500, len(store), len(paper_store), 2**24 // noise[0].numel())
 for q, s in {paper.recipe: (paper, paper_store), p.recipe: (p, store)}.values():
     k, z = q.submodules - 1, s.latents(q.latent)[:n]
-    critic, wanted = make_discriminator(q, k).train(), s.targets(k, q.target)[:n]
+    critic, wanted = make_discriminator(q, k).train(), s.targets(k, q.target, slice(n))
     load_checkpoint(run_dir(q, s) / CHECKPOINT, {"critic": critic}, {})
     fake = load_run(run_dir(q, s)).student(z).detach()
     answer = {"recipe": q.recipe}
@@ -179,7 +179,7 @@ import matplotlib.pyplot as plt
 
 figure, axes = plt.subplots(1, 3, figsize=(8.4, 3.2))
 collapsed = load_run(run_dir(paper, paper_store))
-show_images(axes[0], store.targets(p.submodules - 1, "x0")[:36], 6, f"teacher, {p.sampler.upper()}-{p.sampler_steps}")
+show_images(axes[0], store.images(slice(36)), 6, f"teacher, {p.sampler.upper()}-{p.sampler_steps}")
 show_images(axes[1], student(noise=noise[:36], output_type="pt").images, 6, f"{p.recipe} recipe, one step, same noise")
 show_images(axes[2], collapsed(noise=noise[:36], output_type="pt").images, 6, "paper's recipe, one step, same noise")
 figure.tight_layout()
@@ -192,15 +192,8 @@ _ = save_figure(figure, f"figures/{preset}", "recipes")
 # whole modules, and has no seeds, no resume and no evaluation, so the problem was hard to notice.
 
 # %%
-if (preset, recipe, teacher, steps, paper_epochs, seed, fields) == (
-    "digits",
-    "improved",
-    "",
-    0,
-    0.25,
-    0,
-    "{}",
-):  # what this notebook claims, at its default settings
+defaults = ("digits", "improved", "", 0, 0.25, 0, "{}")
+if (preset, recipe, teacher, steps, paper_epochs, seed, overrides) == defaults:  # what this notebook claims
     assert sum(record.penalty > 0.6 for record in paper_records) > 0.8 * len(paper_records)
     assert abs(answers[0]["auc_in_training"] - 0.5) < 0.1
     assert records[-1].reconstruction_loss < 0.75 * records[0].reconstruction_loss

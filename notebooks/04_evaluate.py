@@ -29,7 +29,7 @@ images: str = ""  # real images where the preset has none: a folder, or hf:OWNER
 steps: int = 0  # as in notebook 3
 paper_epochs: float = 0.25  # as in notebook 3
 seed: int = 0  # as in notebook 3
-fields: str = "{}"  # as in notebook 3
+overrides: str = "{}"  # as in notebook 3
 count: int = 5000  # images of each student
 inception: str = ""  # Inception weights file (or "download") for FID in place of FD-digits
 
@@ -49,7 +49,7 @@ from advkd.train_advkd import Plan
 from advkd.trajectories import generate_trajectories, trajectory_dir
 
 start_notebook()
-given = json.loads(fields) | {"images": images, "seed": seed}
+given = json.loads(overrides) | {"images": images, "seed": seed}
 improved = find_preset(preset, "improved", teacher, **given | ({"steps": steps} if steps else {}))
 recipes = {"paper": find_preset(preset, "paper", teacher, **given | {"epochs": paper_epochs}), "improved": improved}
 
@@ -89,7 +89,7 @@ from advkd.extractor import load_extractor
 
 # %%
 samples = {name: sample_student(pipeline, count, seed=1) for name, pipeline in students.items()}
-walks = {name: stores[name].targets(p.submodules - 1, "x0") for name, p in recipes.items()}
+walks = {name: stores[name].images(slice(count)) for name in recipes}
 
 # %% [markdown]
 # ## Table 1
@@ -116,10 +116,10 @@ for name, pipeline in students.items():
 # %%
 images_of = [*walks.values(), *samples.values()]
 size = min(len(heldout), count // 2)
-for row, images in zip(rows, images_of, strict=True):
-    subsets = zip(("fd_train_subset", "fd_train_subset_sd", "subsets"), metric.fd_of_subsets(images, train, size, few))
+for row, made in zip(rows, images_of, strict=True):
+    subsets = zip(("fd_train_subset", "fd_train_subset_sd", "subsets"), metric.fd_of_subsets(made, train, size, few))
     row |= dict(subsets)
-    row["pull_to_train"] = pull_to_train(images[:1500], train, heldout)
+    row["pull_to_train"] = pull_to_train(made[:1500], train, heldout)
     row["training_steps"] = Plan(recipes[row["recipe"]], len(stores[row["recipe"]])).steps if row["recipe"] else None
 
 # %%
@@ -290,15 +290,8 @@ _ = save_figure(figure, f"figures/{preset}", "nearest")
 
 # %%
 defaults = ("digits", "", 0, 0.25, 0, "", "{}")
-if (
-    preset,
-    teacher,
-    steps,
-    paper_epochs,
-    seed,
-    inception,
-    fields,
-) == defaults and count >= 5000:  # what the README claims
+chosen = (preset, teacher, steps, paper_epochs, seed, inception, overrides)
+if chosen == defaults and count >= 5000:  # what the README claims
     assert rows[3]["fd_train"] <= rows[1]["fd_train"], "one step no longer beats DDIM-50 on the train split"
     assert rows[3]["parameters"] <= rows[1]["parameters"] / 4
     assert rows[2]["fd_train"] > 10 * rows[1]["fd_train"], "the paper's recipe no longer collapses"

@@ -70,7 +70,7 @@ def test_images_are_decoded_once(photographs, monkeypatch):
     monkeypatch.setattr(module, "_pixels", None)
     assert np.array_equal(open_cache(str(photographs), 8, 3), first)
     (photographs / "new.png").write_bytes((photographs / "00.png").read_bytes())
-    with pytest.raises(TypeError):  # another folder now: decoded anew
+    with pytest.raises(UserError, match="13 of 13 images"):  # another folder now: decoded anew
         open_cache(str(photographs), 8, 3)
 
 
@@ -108,6 +108,13 @@ def test_a_few_unreadable_files_are_listed_and_many_are_an_error(photographs, tm
     module_share.undo()
     (index,) = (tmp_path / "runs" / "images").rglob("index.json")
     assert json.loads(index.read_text())["unreadable"] == ["13.png", "14.jpg"]
+
+
+def test_sixteen_bits_of_grey_keep_their_level(tmp_path):
+    (tmp_path / "deep").mkdir()
+    Image.fromarray(np.full((20, 20), 100 * 257, np.uint16)).save(tmp_path / "deep" / "a.png")
+    (image,) = open_cache("deep", 8, 1)
+    assert (image == 100).all()
 
 
 def test_a_source_without_images_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """The project's own promises: notebook pairs, one place for versions, nothing unpickled, no work at import."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -102,3 +103,15 @@ def test_readme_shows_the_rows_of_table1():
 
     shown = (ROOT / "README.md").read_text().split("<!-- table1 -->\n")[1].split("<!-- /table1 -->")[0]
     assert identities(shown) == identities((ROOT / "figures" / "digits" / "table1.md").read_text())
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_no_cell_gives_a_parameter_another_value(name):
+    cells = jupytext.read(ROOT / "notebooks" / f"{name}.py").cells
+    (given,) = (c.source for c in cells if "parameters" in c.metadata.get("tags", []))
+    parameters = {node.target.id for node in ast.parse(given).body if isinstance(node, ast.AnnAssign)}
+    code = [c.source for c in cells if c.cell_type == "code" and c.source != given]
+    stored = {
+        n.id for c in code for n in ast.walk(ast.parse(c)) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+    }
+    assert parameters and not parameters & stored
