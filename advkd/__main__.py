@@ -1,5 +1,6 @@
 """The command line: python -m advkd COMMAND; `python -m advkd --help` lists them."""
 
+import json
 import os
 import sys
 from dataclasses import replace
@@ -341,24 +342,27 @@ def quality(name: str, paper_epochs: float, chosen: tuple[str, ...], workers: in
 @click.option("--preset", "name", default="celebahq", help="Whose teacher and students: celebahq, cifar10, ...")
 @DEVICE
 @click.option("--batch", "batches", type=click.IntRange(1), multiple=True, default=(1, 64), help="Students' batches.")
-@click.option("--only", "kinds", multiple=True, help="Only rows of this kind (several times for several).")
+@click.option("--only", "kinds", multiple=True, help="Only rows of this kind (several times); others stay.")
 def benchmark(name: str, device: str, batches: tuple[int, ...], kinds: tuple[str, ...]):
-    """Measure time and memory of teacher, students, training and store in figures/benchmark.* (minutes)."""
+    """Measure time and memory of teacher, students, training and store in figures/benchmark.* (half an hour on a CPU)."""
     from tqdm import tqdm
 
     from advkd.benchmark import KINDS, SHOWN, cases, protocol
     from advkd.benchmark import benchmark as run
     from advkd.devices import pick_device
-    from advkd.figures import plot_benchmark, save_figure, save_table
+    from advkd.figures import figures_folder, plot_benchmark, save_figure, save_table
     from advkd.files import quiet
 
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise UserError(f"there is no kind {unknown[0]!r}; kinds: {', '.join(KINDS)}")
     chosen = [c for c in cases(name, str(pick_device(device)), batches) if not kinds or c.kind in ("matrix", *kinds)]
-    rows = []
+    path = figures_folder("figures") / "benchmark.json"
+    earlier = json.loads(path.read_text(encoding="utf-8")) if kinds and path.exists() else None
+    rows = earlier["rows"] if earlier and earlier["protocol"] == protocol(name) else []
+    rows = [row for row in rows if row["kind"] not in ("matrix", *kinds)]
     for row in tqdm(run(chosen), total=len(chosen), unit="row", disable=quiet(True)):
         rows.append(row)
-        path = save_table(rows, protocol(name), "figures", "benchmark", SHOWN)[0]
+        save_table(rows, protocol(name), "figures", "benchmark", SHOWN)
     save_figure(plot_benchmark(rows), "figures", "benchmark")
     click.echo(f"benchmark: {path}")
 

@@ -32,7 +32,6 @@ from advkd.train_advkd import train_advkd
 from advkd.trajectories import (
     MANIFEST,
     TrajectoryStore,
-    as_images,
     generate_trajectories,
     sample_bytes,
     trajectory_config,
@@ -114,9 +113,11 @@ def protocol(preset: str) -> dict:
         "preset": preset,
         "weights": "random: time and memory do not depend on them",
         "ms_per_image": "median (trajectory: one; training step: mean of a penalty's period); each row in its own process",
-        "float32": "TF32 where the device has it",
+        "float32": "TF32 on a GPU",
+        "share_of_peak": "of a matrix product in the same precision; convolutions by Winograd's algorithm can exceed 1",
         "teacher_50_and_1000_steps": "50 and 1000 times the row of one step",
         "peak_memory_mb": "CPU: peak resident memory over that of the process with the package imported; GPU: allocated by torch",
+        "runs": "with --only, rows of a kind replace those of an earlier run: compare within a kind",
         "gpu": "measured" if torch.cuda.is_available() else "not measured: none was available",
         "platform": platform.platform(terse=True),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -127,7 +128,8 @@ def measure(case: Case) -> dict:
     """One row; what cannot be measured (no compiler, no memory) leaves its `error` there."""
     torch.set_num_threads(case.threads)
     device = pick_device(case.device)
-    torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it, for products as for convolutions
+    if device.type == "cuda":  # TF32 for products, as convolutions have it
+        torch.set_float32_matmul_precision("high")
     about, before = _about(case) | {"device": _device_name(device)}, _memory_mb(device, restart=True)
     try:
         found = KINDS[case.kind](case, device)
@@ -234,7 +236,8 @@ def _training(case: Case, device: torch.device) -> dict:
 
 
 def _reading(case: Case, device: torch.device) -> dict:
-    """A batch of one stage's targets in float32: from the store, or, as published, from PNGs of the full size."""
+    """A batch of one stage's targets with 8 bits, which the device widens: from the store, or, as published, from PNGs of
+    the full size."""
     px, p = int(case.name.split()[1]), load_preset(case.preset, trajectories=STORED)
     k = p.resolutions.index(px)
     order = torch.randint(STORED, (case.batch,), generator=torch.Generator().manual_seed(0))
@@ -248,14 +251,14 @@ def _reading(case: Case, device: torch.device) -> dict:
         else:
             column = _photographs_store(p, Path(folder)).column(f"x0_{k}")
             stored = sample_bytes(p)
-            found = _timed(lambda: as_images(column[order]), case.batch, case)
+            found = _timed(lambda: column[order], case.batch, case)
     return found | {"mb_per_sample": stored / 1e6, "gflop_per_image": None}
 
 
 def _decoded(file: Path, px: int) -> Tensor:
     with Image.open(file) as image:
         pixels = np.asarray(image.resize((px, px), Image.Resampling.BILINEAR))
-    return torch.from_numpy(pixels.transpose(2, 0, 1).copy()).float() / 127.5 - 1
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
 def _photographs(p: Preset) -> Tensor:

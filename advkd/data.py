@@ -89,7 +89,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def from_uint8(images: Tensor) -> Tensor:
     """The inverse of `to_uint8`: float32 images in [-1, 1]."""
-    return images.float() / 127.5 - 1
+    return torch.div(images, 127.5).sub_(1)
 
 
 def block_mean(noise: Tensor, size_px: int) -> Tensor:

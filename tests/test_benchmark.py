@@ -77,3 +77,18 @@ def test_the_command_writes_json_table_and_figure(tmp_path, monkeypatch):
     assert "not measured" in written["protocol"]["gpu"] or written["protocol"]["gpu"] == "measured"
     assert len(pd.read_csv(tmp_path / "figures" / "benchmark.csv")) == 1
     assert {f.suffix for f in (tmp_path / "figures").iterdir()} == {".json", ".csv", ".md", ".png"}
+
+
+def test_only_one_kind_replaces_its_rows_and_leaves_the_others(tmp_path, monkeypatch):
+    monkeypatch.setenv("ADVKD_FIGURES", str(tmp_path))
+    made = iter(range(9))
+    chosen = [Case(kind, kind, "", 1) for kind in ("matrix", "student", "reading")]
+    monkeypatch.setattr(module, "cases", lambda *a: chosen)
+    about = {"variant": "", "batch": 1, "ms_per_image": 1.0, "device": "here", "threads": 1}
+    row = lambda c: about | {"kind": c.kind, "name": c.name, "run": next(made)}  # noqa: E731
+    monkeypatch.setattr(module, "benchmark", lambda chosen: map(row, chosen))
+    for arguments in ([], ["--only", "reading"]):
+        assert CliRunner().invoke(cli, ["benchmark", *arguments], catch_exceptions=False).exit_code == 0
+    rows = json.loads((tmp_path / "figures" / "benchmark.json").read_text())["rows"]
+    assert {r["kind"]: r["run"] for r in rows} == {"student": 1, "matrix": 3, "reading": 4}
+    assert CliRunner().invoke(cli, ["benchmark", "--only", "speed"]).exit_code == 2
