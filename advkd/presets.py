@@ -108,9 +108,14 @@ class Preset:
 
 def asdict(preset: Preset) -> dict:
     """The fields of a preset as JSON knows them, but those that have their default."""
-    defaults = {field.name: field.default for field in dataclasses.fields(preset)}
-    values = {name: value for name, value in dataclasses.asdict(preset).items() if value != defaults[name]}
+    late = late_fields()
+    values = {name: x for name, x in dataclasses.asdict(preset).items() if name not in late or x != late[name]}
     return json.loads(json.dumps(values))
+
+
+def late_fields() -> dict:
+    """The fields of a preset that have a default, with it."""
+    return {f.name: f.default for f in dataclasses.fields(Preset) if f.default is not dataclasses.MISSING}
 
 
 def resolution(k: int, submodules: int, image_size_px: int) -> int:

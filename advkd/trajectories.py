@@ -22,11 +22,12 @@ from tqdm.auto import tqdm
 from advkd.data import from_uint8, make_latent, sample_generators, sample_noise, seeded_noise, to_uint8
 from advkd.devices import pick_device, processes
 from advkd.files import check_disk, differences, quiet, sha256, write_atomic, write_json
-from advkd.presets import LATENT_SIDE, Preset, UserError, config_hash, stage_times
+from advkd.presets import LATENT_SIDE, Preset, UserError, config_hash, late_fields, stage_times
 from advkd.teacher import Teacher
 
 MANIFEST = "manifest.json"
 SAMPLERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpm-solver": DPMSolverMultistepScheduler}
+LATE = ("stored", "teacher_compile")  # fields of a preset that a store depends on and whose default it does not name
 HALF_UP_TO_PX = 32  # noisy states of stages beyond are clamped to 8 bits: a head's tanh reaches no further
 
 
@@ -121,8 +122,8 @@ def trajectory_config(teacher: Teacher, preset: Preset) -> dict:
         "trajectories sampler sampler_steps trajectory_seed image_size_px channels submodules teacher_dtype shard_size"
     )
     config = {"teacher_fingerprint": teacher.fingerprint} | {name: getattr(preset, name) for name in fields.split()}
-    late = {"stored": list(preset.stored)} if set(preset.stored) != {"xt", "x0"} else {}
-    return config | late | ({"teacher_compile": True} if preset.teacher_compile else {})
+    late = {name: getattr(preset, name) for name in LATE if getattr(preset, name) != late_fields()[name]}
+    return config | json.loads(json.dumps(late))
 
 
 def trajectory_dir(teacher: Teacher, preset: Preset) -> Path:
@@ -325,8 +326,7 @@ class TrajectoryStore:
         """The fields of a preset that the store was made with."""
         fields = "trajectories sampler sampler_steps trajectory_seed teacher_dtype shard_size"
         made = {field: self.config[field] for field in fields.split()}
-        late = {"stored": ("xt", "x0"), "teacher_compile": False}
-        return made | {field: self.config.get(field, default) for field, default in late.items()}
+        return made | {name: self.config.get(name, late_fields()[name]) for name in LATE}
 
     def column(self, name: str) -> Column:
         """One stored quantity of all trajectories, as stored: "block-mean", "shrink8bit", "xt_<k>" or "x0_<k>"."""
@@ -350,8 +350,8 @@ class TrajectoryStore:
 
     def images(self, rows: slice | Tensor = slice(None)) -> Tensor:
         """The teacher's images `(n, c, s, s)` in [-1, 1], float32: the last states, with 8 bits where both are stored."""
-        stored = self.config.get("stored", ("xt", "x0"))
-        return self.targets(self.config["submodules"] - 1, "x0" if "x0" in stored else "xt", rows)
+        target = "x0" if "x0" in self.made_with()["stored"] else "xt"
+        return self.targets(self.config["submodules"] - 1, target, rows)
 
     def verify(self) -> None:
         """Compare every shard with its checksum. Raises UserError that names a shard that changed."""
