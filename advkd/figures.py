@@ -179,12 +179,14 @@ def dots(rows: list[dict], field: str, label: str, floor: tuple[float, float]) -
 
 
 def plot_benchmark(rows: list[dict]) -> Figure:
-    """Time per image of every row that has one, a bar each, coloured by variant; the names carry the batch."""
+    """Time per image of every row that has one, a dot each, coloured by variant; the names carry the batch."""
     frame = pd.DataFrame([row for row in rows if row.get("ms_per_image")])
     frame["label"] = [f"{row['name']}, batch {row['batch']}" for row in frame.to_dict("records")]
-    figure, ax = plt.subplots(figsize=(7.5, 0.2 * len(frame) + 1.2))
-    sns.barplot(frame, x="ms_per_image", y="label", hue="variant", ax=ax, palette="deep", orient="h")
+    figure, ax = plt.subplots(figsize=(7.5, 0.26 * frame.label.nunique() + 1))
+    style = {"hue": "variant", "palette": "deep", "jitter": False, "size": 7, "alpha": 0.85}
+    sns.stripplot(frame, x="ms_per_image", y="label", orient="h", ax=ax, **style)
     ax.set(xscale="log", xlabel=f"ms per image ({frame.device[0]}, {frame.threads[0]} threads)", ylabel="")
+    ax.grid(axis="y", visible=True)
     ax.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     figure.tight_layout()
     return figure
