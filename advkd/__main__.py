@@ -347,7 +347,7 @@ def benchmark(name: str, device: str, batches: tuple[int, ...], kinds: tuple[str
     """Measure time and memory of teacher, students, training and store in figures/benchmark.* (half an hour on a CPU)."""
     from tqdm import tqdm
 
-    from advkd.benchmark import KINDS, SHOWN, cases, protocol
+    from advkd.benchmark import KINDS, SHOWN, cases, presented, protocol
     from advkd.benchmark import benchmark as run
     from advkd.devices import pick_device
     from advkd.figures import figures_folder, plot_benchmark, save_figure, save_table
@@ -362,8 +362,8 @@ def benchmark(name: str, device: str, batches: tuple[int, ...], kinds: tuple[str
     rows = [row for row in rows if row["kind"] not in ("matrix", *kinds)]
     for row in tqdm(run(chosen), total=len(chosen), unit="row", disable=quiet(True)):
         rows.append(row)
-        save_table(rows, protocol(name), "figures", "benchmark", SHOWN)
-    save_figure(plot_benchmark(rows), "figures", "benchmark")
+        save_table(presented(rows), protocol(name), "figures", "benchmark", SHOWN)
+    save_figure(plot_benchmark(presented(rows)), "figures", "benchmark")
     click.echo(f"benchmark: {path}")
 
 

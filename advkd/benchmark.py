@@ -110,6 +110,19 @@ def benchmark(chosen: list[Case]) -> Iterator[dict]:
         yield row
 
 
+def presented(rows: list[dict]) -> list[dict]:
+    """Rows in the order of KINDS; after each teacher step what 50 and 1000 of them take, so many times its time."""
+    found = []
+    for row in sorted((row for row in rows if "times" not in row), key=lambda row: list(KINDS).index(row["kind"])):
+        found.append(row)
+        if row["kind"] == "teacher" and "ms_per_image" in row:
+            for times in (50, 1000):
+                scaled = {field: times * row[field] for field in ("ms_per_image", "gflop_per_image")}
+                rate = {"images_per_s": row["images_per_s"] / times}
+                found.append(row | {"name": f"teacher, {times} steps", "times": times} | scaled | rate)
+    return found
+
+
 def protocol(preset: str) -> dict:
     """What the numbers depend on beside their own fields."""
     return {
@@ -118,7 +131,7 @@ def protocol(preset: str) -> dict:
         "ms_per_image": "median (trajectory: one; training step: mean of a penalty's period); each row in its own process",
         "float32": "TF32 on a GPU",
         "share_of_peak": "of the faster matrix product (BLAS, 1 x 1 convolution) in the same precision; Winograd's convolutions can exceed 1",
-        "teacher_50_and_1000_steps": "50 and 1000 times the row of one step",
+        "teacher, 50 and 1000 steps": "not measured: so many times the row of one step",
         "peak_memory_mb": "CPU: peak resident memory over that of the process with the package imported; GPU: allocated by torch",
         "runs": "with --only, rows of a kind replace those of an earlier run: compare within a kind",
         "gpu": "measured" if torch.cuda.is_available() else "not measured: none was available",

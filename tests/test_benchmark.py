@@ -6,7 +6,7 @@ from click.testing import CliRunner
 
 from advkd import benchmark as module
 from advkd.__main__ import cli
-from advkd.benchmark import Case, cases, measure
+from advkd.benchmark import Case, cases, measure, presented
 from advkd.presets import load_preset
 from advkd.student import Student, gflop_per_image
 
@@ -92,3 +92,19 @@ def test_only_one_kind_replaces_its_rows_and_leaves_the_others(tmp_path, monkeyp
     rows = json.loads((tmp_path / "figures" / "benchmark.json").read_text())["rows"]
     assert {r["kind"]: r["run"] for r in rows} == {"student": 1, "matrix": 3, "reading": 4}
     assert CliRunner().invoke(cli, ["benchmark", "--only", "speed"]).exit_code == 2
+
+
+def test_many_steps_of_the_teacher_are_so_many_times_one_and_follow_it():
+    step = {
+        "kind": "teacher",
+        "name": "teacher step",
+        "ms_per_image": 2.0,
+        "gflop_per_image": 3.0,
+        "images_per_s": 500.0,
+    }
+    rows = presented([{"kind": "student", "name": "s"}, step, {"kind": "matrix", "name": "m"}])
+    assert [row["name"] for row in rows] == ["m", "teacher step", "teacher, 50 steps", "teacher, 1000 steps", "s"]
+    assert (rows[3]["ms_per_image"], rows[3]["gflop_per_image"], rows[3]["images_per_s"]) == (2000, 3000, 0.5)
+    assert presented(rows) == rows
+    failed = {"kind": "teacher", "name": "teacher step", "error": "out of memory"}
+    assert presented([failed]) == [failed]
