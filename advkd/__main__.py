@@ -54,10 +54,11 @@ OWN = click.option(
 )
 IMAGES = click.option("--images", help="Real images: a folder (any depth; png, jpg, webp), or hf:OWNER/NAME.")
 DEVICE = click.option("--device", default="auto", help="auto, cuda, mps or cpu.")
-RECIPE = click.option("--recipe", default="improved", help="How to train the student: improved, paper.")
+RECIPE = click.option("--recipe", default="improved", help="How to train the student: improved, paper; or a method.")
 OUT = click.option("--out", type=click.Path(path_type=Path), required=True, help="Where to write.")
 COUNT = click.option("--count", type=click.IntRange(1), default=5000, help="Number of images.")
 SEED = click.option("--seed", type=click.IntRange(0), default=1, help="Seed of the noise.")
+FEW_STEPS = click.option("--steps", type=click.IntRange(1), default=1, help="Sampling steps, of a few-step student.")
 WORKERS = click.option("--workers", type=click.IntRange(1), default=2, help="Students that are trained side by side.")
 TEACHER = click.option("--teacher", "source", help="A folder in diffusers format, or a hub id (default: the preset's).")
 STUDENT = click.argument("student", type=click.Path(path_type=Path))
@@ -171,6 +172,12 @@ def _say(text: str) -> None:
 @OWN
 @RECIPE
 @click.option(
+    "--method",
+    type=click.Choice(["advkd", "add", "regression", "progressive", "consistency", "dmd"]),
+    default="advkd",
+    help="How to distil; all but advkd have one recipe each and train the teacher's U-Net.",
+)
+@click.option(
     "--trajectories",
     "store",
     type=click.Path(path_type=Path),
@@ -187,6 +194,7 @@ def _say(text: str) -> None:
 def train(
     name: str | None,
     recipe: str,
+    method: str,
     store: Path | None,
     source: str | None,
     out: Path,
@@ -207,6 +215,9 @@ def train(
     if store and source:
         raise UserError("--teacher has made the --trajectories already; give one of the two")
     given = {field: value for field, value in given.items() if value is not None}
+    if method != "advkd" and recipe not in ("improved", method):
+        raise UserError(f"--method {method} has one recipe, its own; leave out --recipe {recipe}")
+    recipe = recipe if method == "advkd" else method
     if store:
         opened = TrajectoryStore(store)
         opened.verify()
@@ -236,18 +247,19 @@ def train(
 @STUDENT
 @click.option("--count", type=click.IntRange(1), default=64, help="Number of images.")
 @SEED
+@FEW_STEPS
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="A PNG file: all images in one grid."
 )
-def sample(student: Path, count: int, seed: int, out: Path):
-    """Draw images of a trained student (a run folder or a pipeline folder) in one step each."""
+def sample(student: Path, count: int, seed: int, steps: int, out: Path):
+    """Draw images of a trained student (a run folder or a pipeline folder)."""
     from torchvision.utils import save_image
 
     from advkd.evaluation import sample_student
     from advkd.files import write_atomic
     from advkd.run import load_run
 
-    images = sample_student(load_run(student), count, seed)
+    images = sample_student(load_run(student), count, seed, steps=steps)
     columns = max(1, round(count**0.5))
     write_atomic(
         out, lambda file: save_image(images, file, nrow=columns, normalize=True, value_range=(-1, 1), format="png")
@@ -260,12 +272,21 @@ def sample(student: Path, count: int, seed: int, out: Path):
 @PRESET
 @COUNT
 @SEED
+@FEW_STEPS
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="A JSON file.")
 @IMAGES
 @click.option("--inception", help="Inception weights file, or 'download': FID in place of FD-digits.")
 @click.option("--few", is_flag=True, help="Allow fewer images than features.")
 def evaluate(
-    student: Path, name: str, count: int, seed: int, out: Path, images: str | None, inception: str | None, few: bool
+    student: Path,
+    name: str,
+    count: int,
+    seed: int,
+    steps: int,
+    out: Path,
+    images: str | None,
+    inception: str | None,
+    few: bool,
 ):
     """Compare a student's images with the real ones; writes a row with its protocol."""
     from advkd.data import reference_images
@@ -274,22 +295,21 @@ def evaluate(
     from advkd.run import load_run, read_run
 
     pipeline = load_run(student)
-    config = pipeline.student.config
+    channels, px, _ = pipeline.student.image_shape
     given = {"images": images} if images else {}
-    preset = (
-        own_preset("", config.image_size_px, config.channels, **given) if name == "own" else load_preset(name, **given)
-    )
-    metric = Metric(preset.data, inception=inception)
-    shape = (config.channels, config.image_size_px)
+    preset = own_preset("", px, channels, **given) if name == "own" else load_preset(name, **given)
+    metric, shape = Metric(preset.data, inception=inception), (channels, px)
     if shape != (preset.channels, preset.image_size_px):
         raise UserError(
             f"{student} makes {shape[0]} channels at {shape[1]} px, "
             f"but preset {name!r} has {preset.channels} at {preset.image_size_px}"
         )
     train_images, heldout = reference_images(preset, "train")[0], reference_images(preset, "heldout")[0]
-    samples, made = sample_student(pipeline, count, seed), read_run(student)
-    row = student_row(pipeline, made and made["preset"]["recipe"])
-    row |= metric.evaluate(samples, train_images, heldout, few) | {"ms_per_image": student_latency_ms(pipeline)}
+    samples, made = sample_student(pipeline, count, seed, steps=steps), read_run(student)
+    row = student_row(pipeline, made and made["preset"]["recipe"], steps)
+    row |= metric.evaluate(samples, train_images, heldout, few) | {
+        "ms_per_image": student_latency_ms(pipeline, steps=steps)
+    }
     write_json(out, {"protocol": protocol(metric, count, seed, train_images, heldout), "rows": [row]})
     click.echo(f"{metric.label} {row['fd_train']:.3f} (train), {row['fd_heldout']:.3f} (held out): {out}")
 

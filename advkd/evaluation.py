@@ -15,10 +15,11 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from tqdm.auto import tqdm
 
 from advkd.data import FACTORS, to_uint8
+from advkd.denoiser import Denoiser
 from advkd.extractor import FEATURES, Extractor, load_extractor, register
 from advkd.files import first_line, quiet, sha256
-from advkd.pipeline import StudentPipeline
-from advkd.presets import ASSETS, UserError
+from advkd.pipeline import FewStepPipeline, StudentPipeline
+from advkd.presets import ASSETS, TRAIN_TIMESTEPS, UserError
 from advkd.student import count_parameters
 from advkd.teacher import Teacher
 
@@ -159,13 +160,22 @@ def _safe_weights(path: Path) -> str:
 
 
 def sample_student(
-    pipeline: StudentPipeline, count: int, seed: int, first_index: int = 0, batch_size: int = 250, progress: bool = True
+    pipeline: StudentPipeline | FewStepPipeline,
+    count: int,
+    seed: int,
+    first_index: int = 0,
+    batch_size: int = 250,
+    progress: bool = True,
+    steps: int = 1,
 ) -> Tensor:
-    """The student's images `(count, c, h, w)` in [-1, 1] for `count` samples of `seed`."""
-    starts, images = range(0, count, batch_size), []
-    for start in tqdm(starts, desc="student", unit="batch", disable=quiet(progress)):
-        size = min(batch_size, count - start)
-        images.append(pipeline(size, seed, first_index + start, output_type="pt").images.cpu())
+    """The student's images `(count, c, h, w)` in [-1, 1] for `count` samples of `seed`. Raises UserError for more than one
+    of `steps` where the student has no timesteps."""
+    few = isinstance(pipeline, FewStepPipeline)
+    if steps > 1 and not few:
+        raise UserError(f"steps is {steps}, but this student makes its images in one")
+    how, images = {"output_type": "pt"} | ({"steps": steps} if few else {}), []
+    for start in tqdm(range(0, count, batch_size), desc="student", unit="batch", disable=quiet(progress)):
+        images.append(pipeline(min(batch_size, count - start), seed, first_index + start, **how).images.cpu())
     return torch.cat(images)
 
 
@@ -217,14 +227,14 @@ def density_coverage(samples: Tensor, reference: Tensor, neighbours: int = 5) ->
     return inside.float().sum(1).mean().item() / neighbours, inside.any(0).float().mean().item()
 
 
-def student_row(pipeline: StudentPipeline, recipe: str | None) -> dict:
+def student_row(pipeline: StudentPipeline | FewStepPipeline, recipe: str | None, steps: int = 1) -> dict:
     """What a result row says of a student before it is measured."""
     student = pipeline.student
     return {
         "model": "student",
         "recipe": recipe,
-        "sampler": "one-step",
-        "steps": 1,
+        "sampler": "one-step" if steps == 1 else "few-step",
+        "steps": steps,
         "parameters": count_parameters(student),
         "deployable_parameters": count_parameters(student.generator()),
         "size_mb": count_parameters(student) * 4e-6,
@@ -244,11 +254,14 @@ def teacher_row(teacher: Teacher, sampler: str, steps: int) -> dict:
     }
 
 
-def student_latency_ms(pipeline: StudentPipeline, batch: int = 1) -> float:
-    """Time per image of the deployable generator, float32, from a given latent."""
+def student_latency_ms(pipeline: StudentPipeline | FewStepPipeline, batch: int = 1, steps: int = 1) -> float:
+    """Time per image of the deployable generator, float32, from a given latent; a U-Net's is that of one step times
+    `steps`."""
     student = pipeline.student.generator().eval()
-    latent = torch.randn(batch, *student.latent_shape, device=student.device)
-    return milliseconds(lambda: student(latent)) / batch
+    given = [torch.randn(batch, *student.latent_shape, device=student.device)]
+    if isinstance(student, Denoiser):
+        given.append(torch.full((batch,), TRAIN_TIMESTEPS - 1, device=student.device))
+    return milliseconds(lambda: student(*given)) * steps / batch
 
 
 def teacher_latency_ms(teacher: Teacher, steps: int, batch: int = 1) -> float:

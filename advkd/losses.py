@@ -1,6 +1,6 @@
 """Losses as pure functions of tensors."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -77,3 +77,37 @@ def _activations(layers: nn.Sequential, images: Tensor) -> Iterator[Tensor]:
 def reconstruction_loss(images: list[Tensor], targets: list[Tensor]) -> Tensor:
     """Sum over the heads of the mean absolute difference of their images `(b, c, r, r)` to their targets."""
     return sum(F.l1_loss(image, target) for image, target in zip(images, targets, strict=True))
+
+
+def hinge_discriminator_loss(real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> Tensor:
+    """Sum over heads k of E max(0, 1 - D_k(real)) + E max(0, 1 + D_k(fake)), of logits `(b, n)` (ADD, equation 3)."""
+    real, fake = (
+        sum(F.relu(1 + sign * x).mean() for x in logits) for sign, logits in ((-1, real_logits), (1, fake_logits))
+    )
+    return real + fake
+
+
+def hinge_generator_loss(fake_logits: Sequence[Tensor]) -> Tensor:
+    """The student's part: minus the sum over heads of E D_k(fake) (ADD, equation 2)."""
+    return -sum(x.mean() for x in fake_logits)
+
+
+def feature_r1_penalty(heads: Callable[[list[Tensor]], list[Tensor]], features: Sequence[Tensor]) -> Tensor:
+    """Sum over heads of E ||grad D_k||_2^2 with respect to the head's input features `(b, c, *)` of real images, of the
+    mean logit of an image (ADD, section 3.2: of the logits, not of the hinge loss)."""
+    features = [x.detach().float().requires_grad_() for x in features]
+    logits = [x.mean(1).sum() for x in heads(features)]
+    gradients = torch.autograd.grad(sum(logits), features, create_graph=True)
+    return sum(gradient.flatten(1).square().sum(1).mean() for gradient in gradients)
+
+
+def distillation_loss(x0: Tensor, expected: Tensor, weight: Tensor) -> Tensor:
+    """E c(t) ||x0 - expected||_2^2 / n of the student's images `(b, c, s, s)` with n numbers each, the teacher's expectation
+    `expected` of the same images noised to t, a constant, and weights c(t) `(b,)` (ADD, equation 4)."""
+    return (weight * (x0 - expected.detach()).square().flatten(1).mean(1)).mean()
+
+
+def distillation_weights(alpha: Tensor, sigma: Tensor, how: str) -> Tensor:
+    """c(t): "exponential", alpha_t, or "sds", alpha_t sigma_t / 2, whose gradient is that of score distillation sampling
+    with its weight sigma_t^2 (ADD, section 3.3; Poole et al. 2022, section 3)."""
+    return alpha if how == "exponential" else alpha * sigma / 2

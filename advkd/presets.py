@@ -74,6 +74,14 @@ class Preset:
     images: str = ""  # folder of images, where `data` is "folder"
     stored: tuple[str, ...] = ("xt", "x0")  # targets that a trajectory keeps of every state
     teacher_compile: bool = False  # the teacher through torch.compile: faster after a minute, other rounding
+    method: Literal["advkd", "add", "regression", "progressive", "consistency", "dmd"] = "advkd"
+    architecture: Literal["submodules", "unet"] = "submodules"  # the student is Adv-KD's, or the teacher's U-Net
+    start: Literal["teacher", "random"] = "teacher"  # a U-Net's first weights
+    student_timesteps: tuple[int, ...] = (999,)  # those that a U-Net is sampled at
+    student_grid: int = 0  # timesteps of progressive distillation's first student, and of consistency distillation
+    distillation_weight: float = 0.0  # of ADD's score distillation
+    distillation: Literal["exponential", "sds"] = "exponential"  # its weighting of the timesteps
+    warm_up_steps: int = 0  # of ADD: pair regression first
 
     def __post_init__(self):
         check(self)
@@ -195,8 +203,10 @@ def check(p: Preset) -> None:
             )
     if beyond := [i for i in p.unsupervised if i not in range(k)]:
         raise UserError(f"unsupervised names submodule {beyond[0]}, but there are 0 to {k - 1}")
-    if not p.adversarial_weight and not p.reconstruction_weight and not p.feature_weight:
-        raise UserError("adversarial_, reconstruction_ and feature_weight are 0: the student has nothing to learn from")
+    if not any((p.adversarial_weight, p.reconstruction_weight, p.feature_weight, p.distillation_weight)):
+        raise UserError(
+            "adversarial_, reconstruction_, feature_ and distillation_weight are 0: the student has nothing to learn from"
+        )
     first = k - 1 if p.schedule == "joint" else 0  # the first stage
     if p.reconstruction_weight and set(range(first + 1)) <= set(p.unsupervised):
         raise UserError(
@@ -204,12 +214,16 @@ def check(p: Preset) -> None:
         )
     if p.critic == "conditional" and p.latent == "full":
         raise UserError("critic is 'conditional', which takes a 4 x 4 latent: latent='block-mean'")
+    _check_method(p)
     for field in (
         "critic_noise",
         "penalty_weight",
         "adversarial_weight",
         "reconstruction_weight",
         "feature_weight",
+        "distillation_weight",
+        "warm_up_steps",
+        "student_grid",
         "trajectory_seed",
         "seed",
     ):
@@ -227,6 +241,32 @@ def check(p: Preset) -> None:
     ):
         if getattr(p, field) <= 0:
             raise UserError(f"{field} is {getattr(p, field)}, but must be positive")
+
+
+def _check_method(p: Preset) -> None:
+    times, last = p.student_timesteps, TRAIN_TIMESTEPS - 1
+    if p.method == "advkd" and p.architecture == "unet":
+        raise UserError(
+            "architecture is 'unet', but Adv-KD trains submodules: architecture='submodules', or another method"
+        )
+    if p.method == "advkd":
+        return
+    if p.schedule == "staged" or p.real_share not in (0, 1):
+        raise UserError(
+            f"schedule is {p.schedule!r} and real_share {p.real_share}, but method {p.method!r} knows 'joint' and 0 or 1"
+        )
+    if p.architecture == "submodules" and (p.method in ("progressive", "consistency") or times != (last,)):
+        raise UserError(
+            f"architecture is 'submodules', which know noise alone, but method {p.method!r} has student_timesteps {times}; "
+            f"with ({last},) they can learn by advkd, add, dmd and regression"
+        )
+    if sorted({*times, last}) != sorted(times) or min(times) < 0 or max(times) > last:
+        raise UserError(f"student_timesteps is {times}, but must be different timesteps, the last of them {last}")
+    halvings = math.log2(max(p.student_grid, 1) / len(times))
+    if p.method == "progressive" and (halvings < 0 or halvings % 1):
+        raise UserError(f"student_grid is {p.student_grid}, but must be {len(times)} times a power of two")
+    if p.method == "consistency" and not 2 <= p.student_grid <= TRAIN_TIMESTEPS:
+        raise UserError(f"student_grid is {p.student_grid}, but must be 2 to {TRAIN_TIMESTEPS}")
 
 
 # What the experiments are about ...
@@ -337,6 +377,25 @@ _RECIPES = {
         train_dtype="bfloat16",
     ),
 }
+# The other methods are recipes too: the improved one, whose optimisation they share, with these fields instead.
+_UNET = dict(
+    architecture="unet",
+    latent="full",
+    real_share=1.0,
+    fresh_share=0.0,
+    reconstruction_weight=0.0,
+    penalty_weight=0.0,
+    learning_rate=3e-4,
+    betas=(0.9, 0.999),
+)
+_METHODS = {
+    "add": _UNET
+    | dict(method="add", student_timesteps=(249, 499, 749, 999), penalty_weight=1e-5, distillation_weight=2.5),
+    "regression": _UNET | dict(method="regression", real_share=0.0),
+    "progressive": _UNET | dict(method="progressive", student_grid=16),
+    "consistency": _UNET | dict(method="consistency", student_grid=20, student_timesteps=(249, 499, 749, 999)),
+    "dmd": _UNET | dict(method="dmd", real_share=0.0, reconstruction_weight=0.25),
+}
 
 
 def _weights(image_size_px: int, channels: int) -> dict[str, float]:
@@ -384,7 +443,6 @@ def _scale(image_size_px: int, channels: int, recipe: str) -> dict:
         sampler="ddim",
         sampler_steps=50,
         stored=("x0",),
-        real_share=0.0,  # without images of one's own the critic sees the teacher's samples alone
         steps=10_000 if levels < 4 else 50_000,
         **_weights(image_size_px, channels),
     )
@@ -411,14 +469,19 @@ def own_preset(teacher: str, image_size_px: int, channels: int, recipe: str = "i
 
 
 def _build(name: str, recipe: str, data: dict, overrides: dict) -> Preset:
-    if recipe not in _RECIPES:
-        raise UserError(f"there is no recipe {recipe!r}; recipes: {', '.join(_RECIPES)}")
-    scale = _SCALES.get((name, recipe)) or _scale(data["image_size_px"], data["channels"], recipe)
+    if recipe not in _RECIPES | _METHODS:
+        raise UserError(f"there is no recipe {recipe!r}; recipes: {', '.join(_RECIPES | _METHODS)}")
+    base = "paper" if recipe == "paper" else "improved"
+    scale = _SCALES.get((name, base)) or _scale(data["image_size_px"], data["channels"], base)
+    values = _RECIPES[base] | scale | _METHODS.get(recipe, {})
+    if data["data"] == "folder":  # without images of one's own there is the teacher alone
+        values |= {"real_share": 0.0}
     if overrides.get("images"):  # images are given to be used
-        overrides = {"real_share": _RECIPES[recipe]["real_share"]} | overrides
+        wanted = _METHODS.get(recipe, _RECIPES[base])["real_share"]
+        overrides = {"real_share": wanted} | overrides
         if not overrides["real_share"]:
             raise UserError(f"recipe {recipe!r} trains without real images: no images, or real_share > 0")
-    return _with(Preset(name=name, recipe=recipe, **(data | _RECIPES[recipe] | scale)), overrides)
+    return _with(Preset(name=name, recipe=recipe, **(data | values)), overrides)
 
 
 def _with(preset: Preset, overrides: dict) -> Preset:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,8 +16,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 from advkd.data import load_images
+from advkd.denoiser import Denoiser
 from advkd.devices import pick_device, processes
 from advkd.discriminator import make_discriminator
+from advkd.features import TeacherFeatures, make_heads
 from advkd.files import (
     CHECKPOINT_EVERY,
     differences,
@@ -27,12 +30,18 @@ from advkd.files import (
     write_csv,
     write_json,
 )
-from advkd.pipeline import StudentPipeline
+from advkd.pipeline import FewStepPipeline, StudentPipeline
 from advkd.presets import Preset, UserError, config_hash
 from advkd.presets import asdict as preset_fields
 from advkd.student import Student
 from advkd.teacher import load_teacher
-from advkd.train_advkd import Plan, TrainRecord, train_advkd
+from advkd.train_add import train_add
+from advkd.train_advkd import train_advkd
+from advkd.train_consistency import train_consistency
+from advkd.train_dmd import train_dmd
+from advkd.train_progressive import train_progressive
+from advkd.train_regression import train_regression
+from advkd.training import Plan, TrainRecord
 from advkd.trajectories import TrajectoryStore, generate_trajectories, trajectory_dir
 
 CHECKPOINT, CURVES, PIPELINE, RUN = "checkpoint.safetensors", "curves.csv", "student", "run.json"
@@ -78,17 +87,9 @@ def train_run(
     about |= {"processes": count} if count > 1 else {}
     if rank == 0:
         write_json(folder / RUN, about | {"seconds": spent})
-    student, records = Student.from_preset(preset), list(earlier)
-    steps = train_advkd(
-        student,
-        lambda k: make_discriminator(preset, k),
-        trajectories,
-        preset,
-        images=images,
-        checkpoint=folder / CHECKPOINT,
-        resume=resume,
-        device=device,
-    )
+    records = list(earlier)
+    options = {"images": images, "checkpoint": folder / CHECKPOINT, "resume": resume, "device": device}
+    pipeline, steps = _begin(preset, trajectories, options)
     if rank:  # the first process keeps the folder
         yield from steps
         return
@@ -108,7 +109,38 @@ def train_run(
                 )
             bar.update()
             yield record
-    StudentPipeline(student).save_pretrained(folder / PIPELINE)
+    pipeline.save_pretrained(folder / PIPELINE)
+
+
+def _begin(
+    preset: Preset, trajectories: TrajectoryStore, options: dict
+) -> tuple[StudentPipeline | FewStepPipeline, Iterator[TrainRecord]]:
+    """The preset's new student in its pipeline, and its method's training of it."""
+    given = trajectories, preset
+    if preset.method == "advkd":
+        student = Student.from_preset(preset)
+        return StudentPipeline(student), train_advkd(student, partial(make_discriminator, preset), *given, **options)
+    teacher = load_teacher(preset, trajectories.teacher)
+    if teacher.fingerprint != trajectories.config["teacher_fingerprint"]:
+        raise UserError(f"the teacher at {teacher.source} is not the one that made {trajectories.folder}")
+    expert = partial(Denoiser.from_teacher, teacher, preset.replace(start="teacher"))  # each a copy of its own
+    if preset.architecture == "unet":
+        student = Denoiser.from_teacher(teacher, preset)
+        pipeline = FewStepPipeline(student)
+    else:
+        student = Student.from_preset(preset)
+        pipeline = StudentPipeline(student)
+    if preset.method == "regression":
+        return pipeline, train_regression(student, *given, **options)
+    if preset.method == "progressive":
+        return pipeline, train_progressive(student, *given, teacher=expert(), **options)
+    if preset.method == "consistency":
+        return pipeline, train_consistency(student, *given, teacher=expert(), **options)
+    if preset.method == "dmd":
+        return pipeline, train_dmd(student, *given, teacher=expert(), fake=expert(), **options)
+    features = TeacherFeatures(frozen := expert())
+    critic = {"features": features, "heads": make_heads(features, preset.seed)}
+    return pipeline, train_add(student, *given, teacher=frozen, **critic, **options)
 
 
 def _check_folder(folder: Path, this: dict, resume: bool) -> None:
@@ -196,7 +228,8 @@ def load_run(folder: Path | str) -> StudentPipeline:
         if (path / "model_index.json").exists():
             diffusers_logging.disable_progress_bar()  # one component, nothing to wait for
             try:
-                pipeline = StudentPipeline.from_pretrained(path)
+                name = json.loads((path / "model_index.json").read_text())["_class_name"]
+                pipeline = {c.__name__: c for c in (StudentPipeline, FewStepPipeline)}[name].from_pretrained(path)
             except Exception as error:  # diffusers and safetensors raise many kinds for a foreign or a damaged folder
                 raise UserError(f"{path} holds no readable student ({first_line(error)})") from error
             pipeline.student.eval()

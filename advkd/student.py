@@ -137,6 +137,11 @@ class Student(ModelMixin, ConfigMixin):
         return self.stages[stage].terminal(features)
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the last image."""
+        return self.config.channels, self.config.image_size_px, self.config.image_size_px
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the input."""
         side = self.config.image_size_px if self.config.latent == "full" else LATENT_SIDE
@@ -219,13 +224,17 @@ def parameters(preset: Preset) -> int:
 
 def describe(preset: Preset) -> str:
     """What a preset's student is, a line for each submodule: its image's side, what it imitates, its parameters."""
+    images = (
+        f"{preset.name}: {preset.channels} x {preset.image_size_px} x {preset.image_size_px}, recipe {preset.recipe}"
+    )
+    if preset.architecture == "unet":
+        return (
+            f"{images}: the teacher's U-Net, sampled at the timesteps {sorted(preset.student_timesteps, reverse=True)}"
+        )
     with torch.device("meta"):
         stages = Student.from_preset(preset).stages
     times = [f"t = {t}" for t in stage_times(preset.submodules)] + ["the final image"]
-    lines = [
-        f"{preset.name}: {preset.channels} x {preset.image_size_px} x {preset.image_size_px}, recipe {preset.recipe}, "
-        f"{parameters(preset):,} parameters"
-    ]
+    lines = [f"{images}, {parameters(preset):,} parameters"]
     for k, (stage, time) in enumerate(zip(stages, times, strict=True)):
         own, head = count_parameters(stage.layers), count_parameters(stage.terminal)
         lines.append(f"  submodule {k}: {preset.resolution(k)} px, {time}, {own:,} parameters + {head:,} of its head")

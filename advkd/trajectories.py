@@ -350,8 +350,12 @@ class TrajectoryStore:
 
     def images(self, rows: slice | Tensor = slice(None)) -> Tensor:
         """The teacher's images `(n, c, s, s)` in [-1, 1], float32: the last states, with 8 bits where both are stored."""
+        return as_images(self.final()[rows])
+
+    def final(self) -> Column:
+        """The last states, as stored."""
         target = "x0" if "x0" in self.made_with()["stored"] else "xt"
-        return self.targets(self.config["submodules"] - 1, target, rows)
+        return self.column(f"{target}_{self.config['submodules'] - 1}")
 
     def verify(self) -> None:
         """Compare every shard with its checksum. Raises UserError that names a shard that changed."""

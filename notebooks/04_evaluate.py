@@ -45,7 +45,7 @@ from advkd.figures import dots, markdown, save_figure, save_table, show_images, 
 from advkd.presets import ASSETS, PUBLISHED_FID
 from advkd.run import finish, load_run, read_run, run_dir, train_run
 from advkd.teacher import find_preset, load_teacher
-from advkd.train_advkd import Plan
+from advkd.training import Plan
 from advkd.trajectories import generate_trajectories, trajectory_dir
 
 start_notebook()

@@ -33,6 +33,12 @@ def quiet_and_single_threaded():
 
 
 @pytest.fixture(scope="session")
+def tiny():
+    """The fields of a preset that make it tiny."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
 def make_unet():
     """A factory of tiny U-Nets with random weights that follow from `seed`."""
 

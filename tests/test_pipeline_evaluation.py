@@ -30,7 +30,7 @@ from advkd.pipeline import StudentPipeline
 from advkd.presets import ASSETS, UserError, load_preset
 from advkd.run import load_run
 from advkd.student import Student, count_parameters
-from advkd.train_advkd import TrainRecord
+from advkd.training import TrainRecord
 
 
 @pytest.fixture(scope="module")

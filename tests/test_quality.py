@@ -28,7 +28,8 @@ from advkd.quality import (
 from advkd.run import PIPELINE, load_run, train_side_by_side
 from advkd.student import Student, match_parameters, parameters
 from advkd.teacher import load_teacher
-from advkd.train_advkd import Plan, train_advkd
+from advkd.train_advkd import train_advkd
+from advkd.training import Plan
 from advkd.trajectories import generate_trajectories, trajectory_dir
 
 

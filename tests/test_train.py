@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from advkd import losses, run, train_advkd
+from advkd import losses, run, train_advkd, training
 from advkd.data import load_images, make_latent, seeded_noise
 from advkd.devices import pick_device
 from advkd.discriminator import make_discriminator
 from advkd.files import read_checkpoint_state
 from advkd.presets import ASSETS, UserError, load_preset
 from advkd.student import Student
-from advkd.train_advkd import Plan
+from advkd.training import Plan
 from advkd.trajectories import TrajectoryStore
 
 
@@ -32,7 +32,7 @@ def every(monkeypatch):
     """Set how often a checkpoint is written."""
 
     def change(steps):
-        for module in (run, train_advkd):
+        for module in (run, training):
             monkeypatch.setattr(module, "CHECKPOINT_EVERY", steps)
 
     return change

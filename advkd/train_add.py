@@ -1,0 +1,150 @@
+"""Adversarial diffusion distillation (ADD): a few-step student between a critic on frozen features and its teacher."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from advkd import losses
+from advkd.data import batch_generator
+from advkd.denoiser import Denoiser
+from advkd.devices import average_gradients, pick_device
+from advkd.presets import Preset
+from advkd.train_regression import pair_loss
+from advkd.training import (
+    Data,
+    Plan,
+    Share,
+    TrainRecord,
+    autocast,
+    average_of,
+    descend,
+    expected_image,
+    gradient_norm,
+    settle,
+    walk,
+)
+from advkd.trajectories import TrajectoryStore
+
+SAFE_TIMESTEPS = 20, 980  # of the teacher; at the ends it says noise, or nothing new
+
+
+def train_add(
+    student: nn.Module,
+    trajectories: TrajectoryStore,
+    preset: Preset,
+    *,
+    teacher: Denoiser,
+    features: Callable[[Tensor, Tensor, Tensor], tuple[list[Tensor], Tensor]],
+    heads: nn.Module,
+    images: Tensor | None = None,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    device: str = "auto",
+) -> Iterator[TrainRecord]:
+    """Train `student` by ADD's loss, adversarial + `preset.distillation_weight` x score distillation (ADD, equation 1).
+
+    `features(images, eps, z)` are those of a frozen network with their condition, `heads` the critic on them. `images` are
+    real ones `(n, c, h, w)` in [-1, 1]; without them the last states of the trajectories stand in. The first
+    `preset.warm_up_steps` are pair regression on the trajectories, for a student that inherits no weights. Everything else is
+    as in `train_advkd`.
+    """
+    device = pick_device(device)
+    loop = _Loop(student, teacher, features, heads, Data(trajectories, images, preset, device), preset, device)
+    yield from walk(loop, preset, trajectories, checkpoint, resume)
+
+
+class _Loop:
+    def __init__(self, student, teacher, features, heads, data, preset, device):
+        self.preset, self.device, self.data, self.mine = preset, device, data, Share(device)
+        self.plan = Plan(preset, len(data.store))
+        self.steps, self.features = self.plan.steps, features
+        self.teacher = teacher.to(device).eval().requires_grad_(False)
+        self.student = student.to(device).train().requires_grad_(True).to(memory_format=torch.channels_last)
+        self.modules = {"student": self.student, "critic": heads.to(device).train()}
+        if preset.ema:
+            self.modules["average"] = average_of(self.student, preset.ema)
+        adam = {"lr": preset.learning_rate, "fused": True, "weight_decay": 0.0}
+        self.optimizers = {
+            "student_optimizer": torch.optim.AdamW(student.parameters(), betas=preset.betas, **adam),
+            "critic_optimizer": torch.optim.AdamW(heads.parameters(), betas=(0.0, preset.betas[1]), **adam),
+        }
+
+    def enter(self, step: int) -> None:
+        """There is one stage."""
+
+    def step(self, step: int) -> tuple[int, int, dict[str, Tensor]]:
+        """One critic update, then one student update, on the same images of the student."""
+        p, generator = self.preset, batch_generator(self.preset.seed, step, 1)
+        for optimizer in self.optimizers.values():
+            optimizer.param_groups[0]["lr"] = self.plan.learning_rate(step)
+        size = p.batch_size(0) // self.mine.count
+        if step < p.warm_up_steps:
+            return 0, self.plan.images_seen(step), self._warm_up(step)
+        real = self.data.real(generator)
+        eps = self.mine.randn(generator, size, *p.image_shape)
+        choice = self.mine.of(torch.randint(len(p.student_timesteps), (size * self.mine.count,), generator=generator))
+        t = torch.tensor(p.student_timesteps, device=self.device)[choice.to(self.device)]
+        with autocast(p, self.device):
+            fake = expected_image(self.student, p, self.teacher.noised(real, eps, t), t)
+        values = {}
+        if p.adversarial_weight:
+            values |= self._train_critic(self.data.real(generator), fake.detach(), generator)
+        return 0, self.plan.images_seen(step), values | self._train_student(fake, generator)
+
+    def _see(self, images: Tensor, generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
+        eps, z = (self.mine.randn(generator, *shape) for shape in (images.shape, (len(images), 8)))
+        with autocast(self.preset, self.device):
+            return self.features(images, eps, z)
+
+    def _train_critic(self, real: Tensor, fake: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        p, heads, optimizer = self.preset, self.modules["critic"], self.optimizers["critic_optimizer"]
+        with torch.no_grad():
+            (on_real, condition), (on_fake, other) = (self._see(x, generator) for x in (real, fake))
+        with autocast(self.preset, self.device):
+            loss = losses.hinge_discriminator_loss(heads(on_real, condition), heads(on_fake, other))
+        penalty = losses.feature_r1_penalty(lambda x: heads(x, condition.float()), on_real)
+        optimizer.zero_grad(set_to_none=True)
+        total = loss + p.penalty_weight * penalty
+        total.backward()
+        average_gradients(heads.parameters())
+        norm = gradient_norm(heads.parameters())
+        optimizer.step()
+        return {"critic_loss": total.detach(), "penalty": penalty.detach(), "critic_gradient": norm}
+
+    def _train_student(self, fake: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        p = self.preset
+        total, values = torch.zeros((), device=self.device), {}
+        if p.adversarial_weight:
+            heads = self.modules["critic"].requires_grad_(False)
+            seen, condition = self._see(fake, generator)
+            with autocast(self.preset, self.device):
+                total = total + p.adversarial_weight * losses.hinge_generator_loss(heads(seen, condition))
+            heads.requires_grad_(True)
+        if p.distillation_weight:
+            distillation = self._distillation(fake, generator)
+            total = total + p.distillation_weight * distillation
+            values["reconstruction_loss"] = distillation.detach()
+        average = self.modules.get("average")
+        return values | descend(total, self.student, self.optimizers["student_optimizer"], average)
+
+    def _distillation(self, fake: Tensor, generator: torch.Generator) -> Tensor:
+        """How far the student's images are from what the teacher makes of them, noised (ADD, section 3.3)."""
+        low, high = SAFE_TIMESTEPS
+        t = self.mine.of(torch.randint(low, high, (len(fake) * self.mine.count,), generator=generator)).to(self.device)
+        eps = self.mine.randn(generator, *fake.shape)
+        with torch.no_grad(), autocast(self.preset, self.device):
+            expected = self.teacher(self.teacher.noised(fake, eps, t), t).clamp(-1, 1)
+        alpha, sigma = (x[t] for x in (self.teacher.alpha, self.teacher.sigma))
+        weights = losses.distillation_weights(alpha, sigma, self.preset.distillation)
+        return losses.distillation_loss(fake, expected, weights)
+
+    def _warm_up(self, step: int) -> dict[str, Tensor]:
+        """A step of pair regression, see `train_regression`."""
+        loss = pair_loss(self.student, self.preset, *self.data.pairs(self.plan.batch(step)))
+        return descend(loss, self.student, self.optimizers["student_optimizer"], self.modules.get("average"))
+
+    def finish(self) -> None:
+        """Leave the reported weights in the student."""
+        settle(self.student, self.modules.get("average"))

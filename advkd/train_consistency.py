@@ -1,0 +1,88 @@
+"""Consistency distillation (Song et al. 2023): all points of one teacher trajectory are to give the same image."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from advkd.data import batch_generator
+from advkd.denoiser import Denoiser
+from advkd.devices import pick_device
+from advkd.presets import Preset
+from advkd.training import Data, Plan, Share, TrainRecord, autocast, average_of, descend, settle, timestep, walk
+from advkd.trajectories import TrajectoryStore
+
+
+def train_consistency(
+    student: Denoiser,
+    trajectories: TrajectoryStore,
+    preset: Preset,
+    *,
+    teacher: Denoiser,
+    images: Tensor | None = None,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    device: str = "auto",
+) -> Iterator[TrainRecord]:
+    """Train `student` to expect at x_t what it expects one DDIM step of `teacher` later, on a grid of
+    `preset.student_grid` timesteps; after the last step that is the teacher's image itself. `images` are real ones
+    `(n, c, h, w)` in [-1, 1]; without them the last states of the trajectories stand in. Everything else is as in
+    `train_advkd`.
+    """
+    device = pick_device(device)
+    data = Data(trajectories, images, preset, device)
+    yield from walk(_Loop(student, teacher, data, preset, device), preset, trajectories, checkpoint, resume)
+
+
+def consistency_target(student: Denoiser, teacher: Denoiser, xt: Tensor, t: Tensor, end: Tensor) -> Tensor:
+    """What the student expects after a DDIM step of the teacher from x_t to timestep `end`; where that is -1, the clean
+    image, what the step ends with."""
+    after = teacher.ddim(xt, teacher(xt, t), t, end)
+    return torch.where((end < 0).view(-1, 1, 1, 1), after, student(after, end.clamp(min=0)))
+
+
+class _Loop:
+    def __init__(self, student, teacher, data, preset, device):
+        self.preset, self.device, self.data, self.mine = preset, device, data, Share(device)
+        self.plan = Plan(preset, len(data.store))
+        self.steps = self.plan.steps
+        self.student = student.to(device, memory_format=torch.channels_last).train()
+        self.teacher = teacher.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        self.modules = {"student": self.student}
+        if preset.ema:
+            self.modules["average"] = average_of(self.student, preset.ema)
+        adam = {"lr": preset.learning_rate, "betas": preset.betas, "fused": True}
+        self.optimizers = {"student_optimizer": torch.optim.Adam(self.student.parameters(), **adam)}
+
+    def enter(self, step: int) -> None:
+        """There is one stage."""
+
+    def step(self, step: int) -> tuple[int, int, dict[str, Tensor]]:
+        """One update; the target is the student's own, without gradient (Song and Dhariwal 2023, section 3.2)."""
+        p, generator, optimizer = (
+            self.preset,
+            batch_generator(self.preset.seed, step, 1),
+            self.optimizers["student_optimizer"],
+        )
+        optimizer.param_groups[0]["lr"] = self.plan.learning_rate(step)
+        x0, grid = self.data.real(generator), p.student_grid
+        which = self.mine.of(torch.randint(grid, (p.batch_size(0),), generator=generator)).to(self.device)
+        t, end = timestep(which + 1, grid), timestep(which, grid)
+        xt = self.teacher.noised(x0, self.mine.randn(generator, *x0.shape), t)
+        with autocast(p, self.device):
+            with torch.no_grad():
+                target = consistency_target(self.student, self.teacher, xt, t, end)
+            image = self.student(xt, t)
+        loss = pseudo_huber(image, target)
+        return 0, self.plan.images_seen(step), descend(loss, self.student, optimizer, self.modules.get("average"))
+
+    def finish(self) -> None:
+        """Leave the reported weights in the student."""
+        settle(self.student, self.modules.get("average"))
+
+
+def pseudo_huber(x: Tensor, y: Tensor) -> Tensor:
+    """E sqrt(||x - y||_2^2 + c^2) - c over images, c = 0.00054 sqrt(n) of n numbers (Song and Dhariwal 2023, section 3.3)."""
+    c = 0.00054 * x[0].numel() ** 0.5
+    return ((x - y).square().flatten(1).sum(1) + c**2).sqrt().mean() - c

@@ -1,0 +1,344 @@
+"""ADD and the baselines: losses by hand, targets against DDIM, whose weights move, resuming."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch import nn
+
+from advkd import losses, run, training
+from advkd.data import load_images, seeded_noise
+from advkd.denoiser import GAIN, Denoiser
+from advkd.features import BatchNormLocal, Head, Heads, TeacherFeatures, make_heads
+from advkd.pipeline import FewStepPipeline
+from advkd.presets import UserError, load_preset
+from advkd.run import CHECKPOINT, finish, load_run, read_run, train_run
+from advkd.teacher import load_teacher
+from advkd.train_consistency import consistency_target, pseudo_huber
+from advkd.train_dmd import matching_loss
+from advkd.train_progressive import two_steps
+from advkd.training import timestep
+
+METHODS = ("add", "regression", "progressive", "consistency", "dmd")
+
+
+@pytest.fixture
+def method(teacher_folder, tiny):
+    """A factory of tiny presets of a method."""
+    return lambda recipe, **fields: load_preset("digits", recipe, teacher=str(teacher_folder), **(tiny | fields))
+
+
+@pytest.fixture
+def denoiser(teacher, method):
+    return Denoiser.from_teacher(teacher, method("add"))
+
+
+@pytest.fixture(scope="module")
+def images(improved):
+    return load_images(improved, "train")[0][:32]
+
+
+def snapshot(module):
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+# Losses, by hand
+
+
+def test_hinge_losses_by_hand():
+    real = [torch.tensor([[2.0, 0.5], [-1.0, 1.0]]), torch.tensor([[0.0], [3.0]])]
+    fake = [torch.tensor([[-2.0, 0.0], [1.0, -1.0]]), torch.tensor([[0.5], [-3.0]])]
+    of_real = (0 + 0.5 + 2 + 0) / 4 + (1 + 0) / 2
+    of_fake = (0 + 1 + 2 + 0) / 4 + (1.5 + 0) / 2
+    assert losses.hinge_discriminator_loss(real, fake).item() == pytest.approx(of_real + of_fake)
+    assert losses.hinge_generator_loss(fake).item() == pytest.approx(-(-0.5 + -1.25))
+
+
+def test_the_penalty_is_of_the_logits_with_respect_to_the_features():
+    features = [torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 0.0]])]  # one image, two layers
+    # D_1 = sum of squares, D_2 = 5 x: gradients (2, 4) and (5, 0).
+    heads = lambda x: [x[0].square().sum(1, keepdim=True), 5 * x[1][:, :1]]  # noqa: E731
+    assert losses.feature_r1_penalty(heads, features).item() == pytest.approx(4 + 16 + 25)
+    twice = [x.repeat(2, 1) for x in features]
+    assert losses.feature_r1_penalty(heads, twice).item() == pytest.approx(45), "a mean over images"
+
+
+def test_distillation_by_hand_and_without_gradient_into_the_target():
+    x0 = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 2, 2).clone().requires_grad_()
+    expected = torch.full((2, 1, 2, 2), 0.5, requires_grad=True)
+    loss = losses.distillation_loss(x0, expected, torch.tensor([1.0, 3.0]))
+    assert loss.item() == pytest.approx((1 * 0.25 + 3 * 0.25) / 2)
+    loss.backward()
+    assert expected.grad is None
+    torch.testing.assert_close(x0.grad[1], torch.full((1, 2, 2), 3 * 2 * 0.5 / 4 / 2))
+
+
+def test_the_sds_weights_give_the_gradient_of_score_distillation():
+    alpha, sigma = torch.tensor([0.8]), torch.tensor([0.6])
+    x0, eps, eps_hat = (torch.randn(1, 1, 2, 2, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    x0.requires_grad_()
+    expected = (alpha * x0.detach() + sigma * eps - sigma * eps_hat) / alpha
+    losses.distillation_loss(x0, expected, losses.distillation_weights(alpha, sigma, "sds")).backward()
+    torch.testing.assert_close(x0.grad * 4, sigma**2 * (eps_hat - eps))  # a mean over 4 numbers; w(t) = sigma^2
+    assert losses.distillation_weights(alpha, sigma, "exponential") is alpha
+
+
+def test_distribution_matching_descends_along_the_difference_of_the_scores():
+    x0 = torch.tensor([[1.0, 3.0]]).view(1, 1, 1, 2).requires_grad_()
+    real, fake = torch.zeros(1, 1, 1, 2), torch.tensor([2.0, 4.0]).view(1, 1, 1, 2)
+    matching_loss(x0, real, fake).backward()
+    torch.testing.assert_close(x0.grad.flatten(), torch.tensor([2.0, 4.0]) / 2 / 2)  # / mean |x0 - real| / numbers
+
+
+def test_pseudo_huber_is_the_distance_far_away():
+    x, y = torch.zeros(2, 1, 4, 4), torch.full((2, 1, 4, 4), 2.0)
+    assert pseudo_huber(x, y).item() == pytest.approx(8, rel=1e-3) and pseudo_huber(x, x).item() == 0
+
+
+# The U-Net student
+
+
+def test_a_denoiser_expects_what_its_teacher_does_where_the_gain_is_not_limited(teacher, denoiser):
+    xt = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    scheduler = DDIMScheduler.from_config(teacher.scheduler.config, clip_sample=False)
+    scheduler.set_timesteps(1000)
+    for t in (10, 400):
+        with torch.no_grad():
+            eps = teacher.unet(xt, t).sample
+            found = denoiser(xt, torch.full((2,), t))
+        expected = scheduler.step(eps, t, xt).pred_original_sample
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert denoiser.gain.max() == GAIN
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+def test_other_predictions_become_images_as_in_diffusers(kind, make_unet, linear_schedule):
+    scheduler = linear_schedule(prediction_type=kind)
+    denoiser = Denoiser(dict(make_unet().config), dict(scheduler.config)).eval()
+    xt, t = torch.randn(1, 1, 16, 16), 700
+    with torch.no_grad():
+        output, found = denoiser.unet(xt, t).sample, denoiser(xt, torch.tensor([t]))
+    scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+    scheduler.set_timesteps(1000)
+    expected = scheduler.step(output, t, xt).pred_original_sample
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_last_timestep_is_noise_alone_and_minus_one_the_clean_image(denoiser, images):
+    eps = torch.randn(2, 1, 16, 16)
+    ends = denoiser.noised(images[:2], eps, torch.tensor([999, -1]))
+    assert torch.equal(ends[0], eps[0]) and torch.equal(ends[1], images[1])
+
+
+def test_ddim_steps_are_those_of_diffusers(teacher, denoiser, images):
+    scheduler = DDIMScheduler.from_config(teacher.scheduler.config, clip_sample=False, timestep_spacing="trailing")
+    scheduler.set_timesteps(4)  # 999, 749, 499, 249
+    xt, eps = images[:1], torch.randn(1, 1, 16, 16)
+    xt = denoiser.noised(images[:1], eps, torch.tensor([749]))
+    with torch.no_grad():
+        ours = denoiser.ddim(xt, denoiser(xt, torch.tensor([749])), torch.tensor([749]), torch.tensor([499]))
+        output = teacher.unet(xt, 749).sample
+    alpha = scheduler.alphas_cumprod[749].sqrt()
+    x0 = alpha * xt - min(GAIN, ((1 - alpha**2).sqrt() / alpha).item()) * (output - (1 - alpha**2).sqrt() * xt)
+    sample_scheduler = DDIMScheduler.from_config(scheduler.config, prediction_type="sample")
+    sample_scheduler.set_timesteps(4)
+    torch.testing.assert_close(ours, sample_scheduler.step(x0, 749, xt).prev_sample, rtol=1e-4, atol=1e-4)
+
+
+def test_images_of_few_steps_follow_from_the_index_alone(denoiser, tmp_path):
+    pipeline = FewStepPipeline(denoiser)
+    for steps in (1, 2, 4):
+        whole = pipeline(5, seed=3, steps=steps, output_type="pt").images
+        part = pipeline(2, seed=3, first_index=3, steps=steps, output_type="pt").images
+        torch.testing.assert_close(part, whole[3:], rtol=1e-4, atol=1e-5)
+    noise = seeded_noise(range(5), (1, 16, 16), 3)
+    torch.testing.assert_close(pipeline(noise=noise, seed=3, steps=4, output_type="pt").images, whole)
+    pipeline.save_pretrained(tmp_path)
+    again = load_run(tmp_path)
+    assert isinstance(again, FewStepPipeline) and again.student.config.timesteps == [999, 749, 499, 249]
+    assert torch.equal(again(5, seed=3, steps=4, output_type="pt").images, whole)
+    with pytest.raises(UserError, match=r"steps is 3, but must divide .* \[999, 749, 499, 249\]"):
+        pipeline(1, steps=3)
+    with pytest.raises(UserError, match="no output_type 'jpg'"):
+        pipeline(1, output_type="jpg")
+    with pytest.raises(UserError, match=r"noise has the shape \(1, 3, 16, 16\)"):
+        pipeline(noise=torch.zeros(1, 3, 16, 16))
+
+
+# The critic
+
+
+def test_local_batches_are_normalised_by_themselves():
+    layer = BatchNormLocal(3)
+    x = torch.randn(16, 3, 5, generator=torch.Generator().manual_seed(0)) * 4 + 7
+    y = layer(x)
+    for group in (y[0::2], y[1::2]):  # every second of sixteen: two groups of eight
+        torch.testing.assert_close(group.mean((0, 2)), torch.zeros(3), atol=1e-5, rtol=0)
+        torch.testing.assert_close(group.var((0, 2), correction=0), torch.ones(3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(layer(x[0::2]), y[0::2])  # what one of two processes would see
+    assert layer(x[:6]).shape == (6, 3, 5)
+
+
+@pytest.mark.parametrize(("dims", "shape", "places"), [(1, (4, 6, 10), 10), (2, (4, 6, 5, 5), 25)])
+def test_a_head_gives_a_logit_for_every_place_and_its_norms_are_one(dims, shape, places):
+    torch.manual_seed(0)
+    head = Head(6, dims, condition_size=3)
+    features, condition = torch.randn(shape), torch.randn(4, 3)
+    for _ in range(200):  # power iterations
+        logits = head(features, condition)
+    assert logits.shape == (4, places)
+    assert not torch.equal(logits, head(features, condition + 1))
+    for convolution in (head.enter, head.mix[0], head.leave):
+        norm = torch.linalg.matrix_norm(convolution.weight.flatten(1), 2).item()
+        assert norm == pytest.approx(1, abs=0.02)
+
+
+def test_features_are_the_teachers_at_the_noise_level_that_is_drawn(denoiser, images):
+    features = TeacherFeatures(denoiser, mean=1.0, sd=1.0)
+    eps, z = torch.randn(3, 1, 16, 16), torch.tensor([[-30.0], [-1.0], [30.0]])
+    seen, condition = features(images[:3], eps, z)
+    assert [x.shape[1] for x in seen] == features.channels and condition.shape == (3, features.condition_size)
+    reached = []
+    hook = denoiser.unet.mid_block.register_forward_hook(lambda *a: reached.append(a[2]))
+    t = torch.tensor([0, 499, 999])  # 999 sigmoid(1 + z)
+    denoiser.unet(denoiser.noised(images[:3], eps, t), t)
+    hook.remove()
+    torch.testing.assert_close(seen[-1], reached[0])
+    heads = make_heads(features, seed=0)
+    assert isinstance(heads, Heads) and len(heads(seen, condition)) == len(features.channels)
+    first, second = (make_heads(features, seed=0).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# Targets
+
+
+def test_one_step_to_the_target_is_two_steps_of_the_teacher(denoiser, images):
+    t, middle, end = torch.tensor([999, 499, 249]), torch.tensor([874, 374, 124]), torch.tensor([749, 249, -1])
+    xt = denoiser.noised(images[:3], torch.randn(3, 1, 16, 16), t)
+    with torch.no_grad():
+        target = two_steps(denoiser, xt, t, middle, end)
+        halfway = denoiser.ddim(xt, denoiser(xt, t), t, middle)
+        wanted = denoiser.ddim(halfway, denoiser(halfway, middle), middle, end)
+    torch.testing.assert_close(denoiser.ddim(xt, target, t, end), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_a_consistent_target_ends_in_the_teachers_image(teacher, method, denoiser, images):
+    other = Denoiser.from_teacher(teacher, method("consistency", start="random", seed=5))
+    t, end = torch.tensor([499, 49]), torch.tensor([449, -1])
+    xt = denoiser.noised(images[:2], torch.randn(2, 1, 16, 16), t)
+    with torch.no_grad():
+        target = consistency_target(other, denoiser, xt, t, end)
+        expected = denoiser(xt, t)
+        after = denoiser.ddim(xt, expected, t, end)
+        torch.testing.assert_close(target[:1], other(after[:1], end[:1]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(target[1], expected[1], rtol=1e-4, atol=1e-5)
+
+
+def test_timesteps_are_even_and_end_with_noise():
+    assert timestep(torch.arange(5), 4).tolist() == [-1, 249, 499, 749, 999]
+    assert timestep(torch.tensor([0, 1, 16]), 16).tolist() == [-1, 61, 999]
+
+
+# Training
+
+
+@pytest.mark.parametrize("recipe", METHODS)
+def test_a_method_moves_its_student_and_nothing_that_is_frozen(tmp_path, monkeypatch, method, store, images, recipe):
+    p, frozen = method(recipe, steps=10), []
+    load = Denoiser.from_teacher.__func__
+
+    def watched(cls, teacher, preset):
+        made = load(cls, teacher, preset)
+        frozen.append((made, snapshot(made)))
+        return made
+
+    monkeypatch.setattr(Denoiser, "from_teacher", classmethod(watched))
+    last = finish(train_run(p, store, tmp_path, images=images if p.real_share else None, device="cpu"))
+    moved = {
+        i
+        for i, (made, before) in enumerate(frozen)
+        if any(not torch.equal(made.state_dict()[n], x) for n, x in before.items())
+    }
+    assert moved == ({0, 2} if recipe == "dmd" else {0})  # the student, and DMD's second score
+    assert last.step == 10 and last.images_seen == 40 and last.student_gradient > 0
+    assert (last.critic_loss is None) == (recipe not in ("add", "dmd"))
+    assert load_run(tmp_path)(2, output_type="pt").images.shape == (2, 1, 16, 16)
+    assert read_run(tmp_path)["preset"]["method"] == recipe
+    teacher = load_teacher(p)
+    assert not any(
+        torch.equal(a, b)
+        for a, b in zip(load_run(tmp_path).student.unet.parameters(), teacher.unet.parameters(), strict=True)
+        if a.ndim > 1
+    )
+
+
+@pytest.mark.parametrize("recipe", METHODS)
+def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(
+    tmp_path, monkeypatch, method, store, images, recipe
+):
+    for module in (run, training):
+        monkeypatch.setattr(module, "CHECKPOINT_EVERY", 2)
+    p = method(recipe, steps=10)  # progressive: five phases
+    given = {"images": images if p.real_share else None, "device": "cpu"}
+    finish(train_run(p, store, tmp_path / "whole", **given))
+    broken = train_run(p, store, tmp_path / "broken", **given)
+    for record in broken:
+        if record.step == 7:
+            broken.close()
+            break
+    assert (tmp_path / "broken" / CHECKPOINT).exists()
+    finish(train_run(p, store, tmp_path / "broken", **given))
+    whole, resumed = (snapshot(load_run(tmp_path / name).student) for name in ("whole", "broken"))
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("recipe", ["add", "regression", "dmd"])
+def test_our_submodules_can_be_the_student(tmp_path, method, store, images, recipe):
+    p = method(recipe, architecture="submodules", latent="block-mean", student_timesteps=(999,), warm_up_steps=2)
+    records = list(train_run(p, store, tmp_path, images=images if p.real_share else None, device="cpu"))
+    assert len(records) == 6 and load_run(tmp_path)(2, output_type="pt").images.shape == (2, 1, 16, 16)
+    if recipe == "add":
+        assert [record.critic_loss is None for record in records] == [True, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("parts", [{"adversarial_weight": 0.0}, {"distillation_weight": 0.0}, {"start": "random"}])
+def test_the_parts_of_add_can_be_left_out(tmp_path, method, store, images, parts):
+    last = finish(train_run(method("add", **parts), store, tmp_path, images=images, device="cpu"))
+    assert (last.critic_loss is None) == ("adversarial_weight" in parts)
+    assert (last.reconstruction_loss is None) == ("distillation_weight" in parts)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fields", "message"),
+    [
+        ("improved", {"architecture": "unet"}, "architecture is 'unet', but Adv-KD trains submodules"),
+        ("progressive", {"architecture": "submodules"}, "method 'progressive'"),
+        ("add", {"architecture": "submodules"}, r"student_timesteps \(249, 499, 749, 999\)"),
+        ("add", {"student_timesteps": (249, 499)}, r"student_timesteps is \(249, 499\)"),
+        ("add", {"student_timesteps": (999, 999)}, "must be different timesteps"),
+        ("add", {"real_share": 0.5}, "real_share 0.5"),
+        ("add", {"method": "gan"}, "method is 'gan', but must be one of 'advkd', 'add'"),
+        ("progressive", {"student_grid": 12}, "student_grid is 12, but must be 1 times a power of two"),
+        ("consistency", {"student_grid": 1}, "student_grid is 1, but must be 2 to 1000"),
+        ("add", {"distillation_weight": -1.0}, "distillation_weight is -1.0, but must not be negative"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(method, recipe, fields, message):
+    with pytest.raises(UserError, match=message):
+        method(recipe, **fields)
+
+
+def test_a_store_of_another_teacher_is_refused(tmp_path, method, store, make_unet, linear_schedule, images):
+    from diffusers import DDPMPipeline
+
+    DDPMPipeline(make_unet(seed=9), linear_schedule()).save_pretrained(tmp_path / "other")
+    p, opened = method("add"), type(store)(store.folder)
+    opened.teacher = str(tmp_path / "other")
+    with pytest.raises(UserError, match="is not the one that made"):
+        finish(train_run(p, opened, tmp_path / "run", images=images, device="cpu"))
+
+
+def test_without_images_the_teachers_stand_in(tmp_path, method, store):
+    last = finish(train_run(method("add", real_share=0.0, steps=2), store, tmp_path, device="cpu"))
+    assert isinstance(last.critic_loss, float)
+    assert isinstance(load_run(tmp_path).student, nn.Module)
