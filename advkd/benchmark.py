@@ -26,7 +26,7 @@ from advkd.devices import pick_device
 from advkd.discriminator import make_discriminator
 from advkd.files import first_line, write_json
 from advkd.presets import Preset, load_preset
-from advkd.student import Student
+from advkd.student import Student, gflop_per_image
 from advkd.teacher import Teacher, untrained_unet
 from advkd.train_advkd import train_advkd
 from advkd.trajectories import (
@@ -128,8 +128,10 @@ def protocol(preset: str) -> dict:
     return {
         "preset": preset,
         "weights": "random: time and memory do not depend on them",
-        "ms_per_image": "median (trajectory: one; training step: mean of a penalty's period); each row in its own process",
+        "ms_per_image": "median, warm (trajectory: one; training: mean of 8 steps or 2 periods of the penalty); a process a row",
+        "reading": "the same 64 rows of 128 every time: from the system's memory, not from a disk",
         "float32": "TF32 on a GPU",
+        "gflop_per_image": "not counted of training, whose penalty is a gradient's gradient, nor where files are read",
         "share_of_peak": "of the faster matrix product (BLAS, 1 x 1 convolution) in the same precision; Winograd's convolutions can exceed 1",
         "teacher, 50 and 1000 steps": "not measured: so many times the row of one step",
         "peak_memory_mb": "CPU: peak resident memory over that of the process with the package imported; GPU: allocated by torch",
@@ -151,7 +153,8 @@ def measure(case: Case) -> dict:
         found = KINDS[case.kind](case, device)
     except Exception as error:  # of any library: a benchmark goes on
         return about | {"error": first_line(error)}
-    found = {"peak_memory_mb": _memory_mb(device) - before} | found
+    if before is not None:
+        found = {"peak_memory_mb": _memory_mb(device) - before} | found
     if "ms_per_image" in found:
         found["images_per_s"] = 1e3 / found["ms_per_image"]
     return about | found
@@ -171,12 +174,15 @@ def _device_name(device: torch.device) -> str:
     return f"{names[0] if names else platform.machine()} CPU"
 
 
-def _memory_mb(device: torch.device, restart: bool = False) -> float:
-    """The peak since the last restart, which begins at what is taken now. On Linux's own count, where there is no GPU."""
+def _memory_mb(device: torch.device, restart: bool = False) -> float | None:
+    """The peak since the last restart, which begins at what is taken now. Where there is no GPU, as Linux counts it; None
+    on other systems."""
     if device.type == "cuda":
         if restart:
             torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.max_memory_allocated(device) / 1e6
+    if not Path("/proc/self/status").exists():
+        return None
     if restart:
         Path("/proc/self/clear_refs").write_text("5")
     (peak,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
@@ -222,38 +228,52 @@ def _student(case: Case, device: torch.device) -> dict:
     if case.variant in ("channels_last", "bfloat16"):
         torch.nn.Module.to(student, dtype, memory_format=torch.channels_last)
         latents = latents.to(dtype, memory_format=torch.channels_last)
-    found = _timed(lambda: student(latents), case.batch, case)
-    if case.variant == "compiled":
-        compiled = torch.compile(student)
-        found["ms_per_image"] = _median_ms(lambda: compiled(latents), case) / case.batch
-    return found | {"dtype": str(dtype).removeprefix("torch.")}
+    about = {"dtype": str(dtype).removeprefix("torch.")}
+    if case.variant != "compiled":
+        return about | _timed(lambda: student(latents), case.batch, case)
+    about["gflop_per_image"] = gflop_per_image(student)  # of one image, so that the peak is that of the compiled batch
+    compiled = torch.compile(student)
+    return about | {"ms_per_image": _median_ms(lambda: compiled(latents), case) / case.batch}
 
 
 def _trajectory(case: Case, device: torch.device) -> dict:
     """A trajectory of 10 steps in bfloat16 with all that the store does; 50 steps take five times as long."""
-    p = load_preset(case.preset, trajectories=case.batch, sampler_steps=10, shard_size=case.batch)
+    steps, p = 10, load_preset(case.preset, trajectories=case.batch, shard_size=case.batch)
     teacher = Teacher(untrained_unet(p.image_size_px, p.channels).eval(), DDPMScheduler(), "untrained", "0")
     with tempfile.TemporaryDirectory() as folder:
+
+        def sample(n: int) -> TrajectoryStore:
+            q = p.replace(sampler_steps=n)
+            return generate_trajectories(teacher, q, Path(folder) / str(n), progress=False, device=str(device))
+
+        with FlopCounterMode(display=False) as counter:
+            sample(1)  # warms up, too
         start = time.perf_counter()
-        store = generate_trajectories(teacher, p, folder, progress=False, device=str(device))
+        store = sample(steps)
         seconds = time.perf_counter() - start
-        stored = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) / len(store) / 1e6
-    return {"ms_per_image": 1e3 * seconds / case.batch, "mb_per_sample": stored, "dtype": "bfloat16"}
+        stored = sum((store.folder / file).stat().st_size for file in store.shards) / len(store) / 1e6
+    gflop = steps * counter.get_total_flops() / 1e9 / case.batch
+    found = {"ms_per_image": 1e3 * seconds / case.batch, "gflop_per_image": gflop}
+    return found | {"mb_per_sample": stored, "dtype": "bfloat16"}
 
 
 def _training(case: Case, device: torch.device) -> dict:
     """Steps of the last stage, with the penalty as often as the recipe has it."""
     p = load_preset(case.preset, case.name.split()[0], batch_sizes=(case.batch,), trajectories=STORED)
-    seconds = []
+    period, steps = p.penalty_every, max(8, 2 * p.penalty_every)
     with tempfile.TemporaryDirectory() as folder:
         store = _photographs_store(p, Path(folder))
-        for steps in (2, 2 + p.penalty_every):  # the first steps make the optimizers' moments, and a store is read
-            q = p.replace(schedule="joint", steps=steps)
-            start = time.perf_counter()
+
+        def train(n: int) -> float:
+            q, start = p.replace(schedule="joint", steps=n), time.perf_counter()
             for _ in train_advkd(Student.from_preset(q), partial(make_discriminator, q), store, q, device=str(device)):
                 pass
-            seconds.append(time.perf_counter() - start)
-    return {"ms_per_image": 1e3 * (seconds[1] - seconds[0]) / p.penalty_every / case.batch, "dtype": p.train_dtype}
+            return time.perf_counter() - start
+
+        train(period)  # warms up
+        shorter = train(period)  # what a training takes to begin with, such as reading the store, counts in both
+        seconds = (train(period + steps) - shorter) / steps
+    return {"ms_per_image": 1e3 * seconds / case.batch, "dtype": p.train_dtype}
 
 
 def _reading(case: Case, device: torch.device) -> dict:

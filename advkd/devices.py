@@ -35,7 +35,8 @@ def pick_device(name: str = "auto") -> torch.device:
 def free_bytes(device: torch.device) -> int:
     """Free memory of a device, or this process' share of that of the machine."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes
+        return torch.cuda.mem_get_info(device)[0] + kept
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 

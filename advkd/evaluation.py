@@ -1,5 +1,6 @@
 """Frechet distance, kernel distance, precision and recall through torch-fidelity, each with its protocol; time."""
 
+import math
 import platform
 import statistics
 import time
@@ -114,7 +115,7 @@ class Metric:
             fid=True,
             **metrics,
             batch_size=250,
-            cuda=False,
+            cuda=self.extractor == INCEPTION and torch.cuda.is_available(),  # the shipped ones are small
             cache=False,
             save_cpu_ram=True,
             verbose=False,
@@ -167,15 +168,18 @@ def sample_student(
     batch_size: int = 250,
     progress: bool = True,
     steps: int = 1,
+    noise: Tensor | None = None,
 ) -> Tensor:
-    """The student's images `(count, c, h, w)` in [-1, 1] for `count` samples of `seed`. Raises UserError for more than one
-    of `steps` where the student has no timesteps."""
+    """The student's images `(count, c, h, w)` in [-1, 1] for `count` samples of `seed`, or for given `noise`, in smaller
+    batches where they are large. Raises UserError for more than one of `steps` where the student has no timesteps."""
     few = isinstance(pipeline, FewStepPipeline)
     if steps > 1 and not few:
         raise UserError(f"steps is {steps}, but this student makes its images in one")
     how, images = {"output_type": "pt"} | ({"steps": steps} if few else {}), []
-    for start in tqdm(range(0, count, batch_size), desc="student", unit="batch", disable=quiet(progress)):
-        images.append(pipeline(min(batch_size, count - start), seed, first_index + start, **how).images.cpu())
+    size = max(1, min(batch_size, 2**22 // math.prod(pipeline.student.image_shape)))  # 21 at 256 px: 3 GB at the most
+    for start in tqdm(range(0, count, size), desc="student", unit="batch", disable=quiet(progress)):
+        these = None if noise is None else noise[start : min(start + size, count)]
+        images.append(pipeline(min(size, count - start), seed, first_index + start, these, **how).images.cpu())
     return torch.cat(images)
 
 

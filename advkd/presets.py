@@ -283,7 +283,7 @@ def _hub(teacher: str, image_size_px: int) -> dict:
         trajectory_seed=0,
         seed=0,
         teacher_dtype="bfloat16",
-        shard_size=64,
+        shard_size=max(64, min(256, 2**22 // image_size_px**2)),
     )
 
 

@@ -14,11 +14,11 @@ from advkd.presets import Preset
 from advkd.train_regression import pair_loss
 from advkd.training import (
     Data,
+    MovingAverage,
     Plan,
     Share,
     TrainRecord,
     autocast,
-    average_of,
     descend,
     expected_image,
     gradient_norm,
@@ -64,7 +64,7 @@ class _Loop:
         self.student = student.to(device).train().requires_grad_(True).to(memory_format=torch.channels_last)
         self.modules = {"student": self.student, "critic": heads.to(device).train()}
         if preset.ema:
-            self.modules["average"] = average_of(self.student, preset.ema)
+            self.modules["average"] = MovingAverage(self.student, preset.ema)
         adam = {"lr": preset.learning_rate, "fused": True, "weight_decay": 0.0}
         self.optimizers = {
             "student_optimizer": torch.optim.AdamW(student.parameters(), betas=preset.betas, **adam),

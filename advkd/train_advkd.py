@@ -12,7 +12,18 @@ from advkd.data import batch_generator
 from advkd.devices import average_gradients, free_bytes, pick_device, to_device, with_global_batches
 from advkd.files import differences
 from advkd.presets import Preset, UserError
-from advkd.training import Plan, Share, TrainRecord, autocast, average_of, descend, gradient_norm, settle, walk
+from advkd.training import (
+    MovingAverage,
+    Plan,
+    Share,
+    TrainRecord,
+    autocast,
+    descend,
+    gradient_norm,
+    rows_of,
+    settle,
+    walk,
+)
 from advkd.trajectories import Column, TrajectoryStore, as_images
 
 
@@ -66,7 +77,9 @@ class _Loop:
         self.modules: dict[str, nn.Module] = {"student": student}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.store = trajectories
-        self.latents = trajectories.latents(preset.latent).to(device)
+        self.latents = trajectories.latents(preset.latent)
+        if self.latents.nbytes < free_bytes(device) / 4:
+            self.latents = self.latents.to(device)
         self.images = images  # possibly rendered when asked for, so they stay where they are
         self.stage = None
         self.targets: dict[int, Tensor] = {}
@@ -85,7 +98,7 @@ class _Loop:
             submodule.requires_grad_(i <= k)
         self.modules["critic"] = critic
         if p.ema:
-            self.modules["average"] = average_of(self.student, p.ema)
+            self.modules["average"] = MovingAverage(self.student, p.ema)
         trainable = [q for q in self.student.parameters() if q.requires_grad]
         adam = {"lr": p.learning_rate, "betas": p.betas, "fused": True}  # fused: a tenth of a step here
         self.optimizers = {
@@ -112,9 +125,8 @@ class _Loop:
         total, paired, _ = self._parts(k)
         batch = self.mine.of(plan.batch(step))
         fresh = self.mine.randn(generator, (total - paired) // self.mine.count, *self.latents.shape[1:])
-        latents = torch.cat([self.latents[to_device(batch, self.device)], fresh]).contiguous(
-            memory_format=torch.channels_last
-        )
+        of_pairs = to_device(self.latents[to_device(batch, self.latents.device)], self.device)
+        latents = torch.cat([of_pairs, fresh]).contiguous(memory_format=torch.channels_last)
         targets = {i: self._rows(column, batch) for i, column in self.targets.items()}
         with autocast(self.preset, self.device):
             images = (
@@ -141,7 +153,8 @@ class _Loop:
         parts = [targets[: teachers // self.mine.count], self._rows(self.targets[k], self.mine.of(others))]
         if from_data := total - teachers:
             chosen = self.mine.of(torch.randint(len(self.images), (from_data,), generator=generator))
-            parts.append(F.adaptive_avg_pool2d(to_device(self.images[chosen], self.device), targets.shape[-1]))
+            images = as_images(to_device(rows_of(self.images, chosen), self.device))
+            parts.append(F.adaptive_avg_pool2d(images, targets.shape[-1]))
         return torch.cat(parts).contiguous(memory_format=torch.channels_last)
 
     def _veil(self, images: Tensor, generator: torch.Generator) -> Tensor:

@@ -10,7 +10,7 @@ from advkd.data import batch_generator
 from advkd.denoiser import Denoiser
 from advkd.devices import pick_device
 from advkd.presets import Preset
-from advkd.training import Data, Plan, Share, TrainRecord, autocast, average_of, descend, settle, timestep, walk
+from advkd.training import Data, MovingAverage, Plan, Share, TrainRecord, autocast, descend, settle, timestep, walk
 from advkd.trajectories import TrajectoryStore
 
 
@@ -51,7 +51,7 @@ class _Loop:
         self.teacher = teacher.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
         self.modules = {"student": self.student}
         if preset.ema:
-            self.modules["average"] = average_of(self.student, preset.ema)
+            self.modules["average"] = MovingAverage(self.student, preset.ema)
         adam = {"lr": preset.learning_rate, "betas": preset.betas, "fused": True}
         self.optimizers = {"student_optimizer": torch.optim.Adam(self.student.parameters(), **adam)}
 

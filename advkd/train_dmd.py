@@ -13,11 +13,11 @@ from advkd.presets import TRAIN_TIMESTEPS, Preset
 from advkd.train_regression import pair_loss
 from advkd.training import (
     Data,
+    MovingAverage,
     Plan,
     Share,
     TrainRecord,
     autocast,
-    average_of,
     descend,
     expected_image,
     gradient_norm,
@@ -65,7 +65,7 @@ class _Loop:
         self.teacher = teacher.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
         self.modules = {"student": self.student, "fake": fake.to(device, memory_format=torch.channels_last).train()}
         if preset.ema:
-            self.modules["average"] = average_of(self.student, preset.ema)
+            self.modules["average"] = MovingAverage(self.student, preset.ema)
         adam = {"lr": preset.learning_rate, "betas": preset.betas, "fused": True}
         self.optimizers = {
             f"{n}_optimizer": torch.optim.Adam(self.modules[n].parameters(), **adam) for n in ("student", "fake")

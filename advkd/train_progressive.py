@@ -11,7 +11,7 @@ from advkd.data import batch_generator
 from advkd.denoiser import Denoiser
 from advkd.devices import pick_device
 from advkd.presets import Preset
-from advkd.training import Data, Plan, Share, TrainRecord, autocast, average_of, descend, settle, timestep, walk
+from advkd.training import Data, MovingAverage, Plan, Share, TrainRecord, autocast, descend, settle, timestep, walk
 from advkd.trajectories import TrajectoryStore
 
 
@@ -72,7 +72,7 @@ class _Loop:
         self.modules = {"student": self.student.train()}
         self.modules["teacher"] = copy.deepcopy(teacher).eval().requires_grad_(False)
         if p.ema:
-            self.modules["average"] = average_of(self.student, p.ema)
+            self.modules["average"] = MovingAverage(self.student, p.ema)
         adam = {"lr": p.learning_rate, "betas": p.betas, "fused": True}
         self.optimizers = {"student_optimizer": torch.optim.Adam(self.student.parameters(), **adam)}
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from advkd.devices import pick_device, with_global_batches
 from advkd.presets import TRAIN_TIMESTEPS, Preset
-from advkd.training import Data, Plan, TrainRecord, autocast, average_of, descend, expected_image, settle, walk
+from advkd.training import Data, MovingAverage, Plan, TrainRecord, autocast, descend, expected_image, settle, walk
 from advkd.trajectories import TrajectoryStore
 
 
@@ -37,7 +37,7 @@ class _Loop:
         self.student = with_global_batches(student).to(device, memory_format=torch.channels_last).train()
         self.modules = {"student": self.student}
         if preset.ema:
-            self.modules["average"] = average_of(self.student, preset.ema)
+            self.modules["average"] = MovingAverage(self.student, preset.ema)
         adam = {"lr": preset.learning_rate, "betas": preset.betas, "fused": True}
         self.optimizers = {"student_optimizer": torch.optim.Adam(self.student.parameters(), **adam)}
 

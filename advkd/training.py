@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from advkd.data import batch_generator, make_latent
 from advkd.devices import all_mean, average_gradients, processes, to_device
 from advkd.files import CHECKPOINT_EVERY, differences, load_checkpoint, read_checkpoint_state, save_checkpoint
+from advkd.folder import CachedImages
 from advkd.presets import TRAIN_TIMESTEPS, Preset, UserError, asdict
 from advkd.trajectories import TrajectoryStore, as_images
 
@@ -167,21 +168,37 @@ def _read(made: list[_Made]) -> Iterator[TrainRecord]:
         yield TrainRecord(one.step, one.stage, one.images_seen, **(missing | values))
 
 
-def average_of(student: nn.Module, decay: float) -> AveragedModel:
-    """The moving average of a student's weights and buffers, to be updated after every step; see `update_average`."""
-    average = AveragedModel(student, use_buffers=True)
-    # Its own count, which lies on the CPU: the one that it is given would be waited for on a GPU.
-    average.multi_avg_fn = lambda *weights: update_average(decay, *weights[:2], average.n_averaged)
-    return average
+class MovingAverage(AveragedModel):
+    """The moving average of a model's weights and buffers, to be updated after every step; see `update_average`.
+
+    torch's own asks for its count on the device, which a GPU would be waited for twice a step.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__(model, use_buffers=True)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Take in the current weights; counters, such as BatchNorm's, are copied."""
+        kept, current = ([*m.parameters(), *m.buffers()] for m in (self.module, model))
+        pairs, count = list(zip(kept, current, strict=True)), int(self.n_averaged)  # the count lies on the CPU
+        averaged = [pair for pair in pairs if count and pair[0].is_floating_point()]
+        for old, new in pairs:
+            if not count or not old.is_floating_point():
+                old.copy_(new)
+        if averaged:
+            update_average(self.decay, *map(list, zip(*averaged, strict=True)), count)
+        self.n_averaged += 1
 
 
-def update_average(decay: float, average: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+def update_average(decay: float, average: list[Tensor], current: list[Tensor], count: int) -> None:
     """The exponential moving average of `count` earlier weights and the `current` ones, in place.
 
     The bias towards the first weights is taken out, as Adam does it (Kingma and Ba 2015, section 3): without that, a
     seventh of the average of 1000 steps with decay 0.998 would be the weights after the first of them.
     """
-    count = int(count) + 1
+    count += 1
     share = (1 - decay) / (1 - decay**count) if decay < 1 else 1 / count
     get_ema_multi_avg_fn(1 - share)(average, current, count)
 
@@ -217,7 +234,7 @@ class Data:
     def real(self, generator: torch.Generator) -> Tensor:
         """This process' share of a batch of real images, drawn at random: `(b, c, s, s)` in [-1, 1] on the device."""
         chosen = torch.randint(len(self.images), (self.preset.batch_size(0),), generator=generator)
-        return self._shown(self.images[self.mine.of(chosen)])
+        return self._shown(rows_of(self.images, self.mine.of(chosen)))
 
     def pairs(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """This process' share of trajectories: the noise and the teacher's image from it."""
@@ -230,6 +247,11 @@ class Data:
 
     def _shown(self, x: Tensor) -> Tensor:
         return as_images(to_device(x, self.device)).contiguous(memory_format=torch.channels_last)
+
+
+def rows_of(images: Tensor | CachedImages, indices: Tensor) -> Tensor:
+    """Some images `(n, c, h, w)`, as they are stored; `trajectories.as_images` shows them in [-1, 1]."""
+    return images.stored(indices) if isinstance(images, CachedImages) else images[indices]
 
 
 def expected_image(student: nn.Module, preset: Preset, xt: Tensor, t: Tensor) -> Tensor:
@@ -256,7 +278,7 @@ def descend(loss: Tensor, student: nn.Module, optimizer: torch.optim.Optimizer, 
     return {"student_loss": loss.detach(), "student_gradient": norm}
 
 
-def settle(student: nn.Module, average: AveragedModel | None) -> None:
+def settle(student: nn.Module, average: MovingAverage | None) -> None:
     """Leave the reported weights in the student: the moving average where there is one."""
     if average is not None:
         student.load_state_dict(average.module.state_dict())

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate.utils import find_executable_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from safetensors import safe_open
@@ -58,7 +58,7 @@ def denoise(
     scheduler.set_timesteps(scheduler.num_inference_steps)  # a solver of second order remembers its last trajectory
     for t in scheduler.timesteps:
         shown = xt.to(unet.dtype, memory_format=torch.channels_last)
-        prediction = unet(shown, t.to(xt.device).expand(len(xt))).sample.float()
+        prediction = unet(shown, torch.full((len(xt),), int(t), device=xt.device)).sample.float()
         step = scheduler.step(prediction, t, xt, **ancestral)
         xt = step.prev_sample
         solver = isinstance(scheduler, DPMSolverMultistepScheduler)
@@ -171,8 +171,9 @@ def generate_trajectories(
     ends = (*starts[1:], preset.trajectories)
     shards = {f"shard-{n:05d}": range(*ends_of) for n, ends_of in enumerate(zip(starts, ends, strict=True))}
     mine = {name: indices for number, (name, indices) in enumerate(shards.items()) if number % count == rank}
-    for left in (file for name in mine for file in folder.glob(f".{name}.*")):
-        left.unlink()  # half a file, of a process that was killed
+    for name in (*mine, *([MANIFEST] if rank == 0 else [])):
+        for left in folder.glob(f".{name}.*"):
+            left.unlink()  # half a file, of a process that was killed
     missing = {name: indices for name, indices in shards.items() if not _is_made(folder, name, manifest)}
     if missing:
         check_disk(folder, sum(map(len, missing.values())) * sample_bytes(preset), "the trajectories")
@@ -195,14 +196,14 @@ def _make_shards(
     if preset.teacher_compile:
         teacher = replace(teacher, unet=torch.compile(teacher.unet))
     of_batch = partial(_batch, teacher, preset, scheduler)
-    sample = find_executable_batch_size(_shard, preset.shard_size)  # smaller until the memory suffices
+    batch = preset.shard_size  # the most; halved until the memory suffices
     total, done = sum(map(len, mine.values())), sum(len(x) for name, x in mine.items() if name not in missing)
     with tqdm(total=total, initial=done, desc="trajectories", unit="image", disable=quiet(progress)) as bar:
         for name, indices in mine.items():
             if name not in missing:
                 continue
             path = folder / f"{name}.safetensors"
-            batch, tensors = sample(of_batch, indices)
+            batch, tensors = _shard(of_batch, indices, batch)
             write_atomic(path, lambda temporary, tensors=tensors: save_file(tensors, temporary))
             entry = {"first": indices.start, "count": len(indices), "sha256": sha256(path)}
             entry |= {"batch": batch} if batch < preset.shard_size else {}  # rounding follows from it
@@ -210,11 +211,17 @@ def _make_shards(
             bar.update(len(indices))
 
 
-def _shard(
-    batch_size: int, of_batch: Callable[[range], dict[str, Tensor]], indices: range
-) -> tuple[int, dict[str, Tensor]]:
-    parts = [of_batch(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
-    return batch_size, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+def _shard(of_batch: Callable[[range], dict[str, Tensor]], indices: range, batch: int) -> tuple[int, dict[str, Tensor]]:
+    """A shard's tensors, and the size of the batches in which they were sampled: `batch`, or what fits of its halves."""
+    while True:
+        try:
+            parts = [of_batch(indices[i : i + batch]) for i in range(0, len(indices), batch)]
+            return batch, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        except RuntimeError as error:
+            if batch == 1 or not should_reduce_batch_size(error):
+                raise
+        batch = -(-batch // 2)
+        clear_device_cache(garbage_collection=True)
 
 
 def _batch(teacher: Teacher, preset: Preset, scheduler: SchedulerMixin, indices: range) -> dict[str, Tensor]:
@@ -246,7 +253,10 @@ def _is_made(folder: Path, name: str, manifest: dict) -> bool:
 def _seal(folder: Path, names: list[str], rank: int) -> None:
     """Wait until every process has made its shards; the first then gathers what it says of them in the manifest."""
     start, told = time.monotonic(), False
-    while not all(_is_made(folder, name, manifest := _read_manifest(folder) or {"shards": {}}) for name in names):
+    while True:
+        manifest = _read_manifest(folder) or {"shards": {}}
+        if all(_is_made(folder, name, manifest) for name in names):
+            break
         if not told and time.monotonic() - start > 60:
             print(f"advkd: waiting for the shards of other processes in {folder}", file=sys.stderr)
             told = True
@@ -298,9 +308,13 @@ class Column:
     def __getitem__(self, indices: slice | Tensor) -> Tensor:
         if isinstance(indices, slice) and indices == slice(None):
             return torch.cat(self.parts)
-        rows = range(len(self))[indices] if isinstance(indices, slice) else indices.tolist()
+        rows = torch.arange(len(self))[indices] if isinstance(indices, slice) else indices
         size = len(self.parts[0])  # of every shard but the last
-        return torch.stack([self.parts[i // size][i % size] for i in rows])
+        found = torch.empty(len(rows), *self.parts[0].shape[1:], dtype=self.parts[0].dtype)
+        for shard in (rows // size).unique().tolist():
+            here = rows // size == shard
+            found[here] = self.parts[shard][rows[here] % size]
+        return found
 
 
 class TrajectoryStore:

@@ -30,7 +30,7 @@ steps: int = 0  # as in notebook 3
 paper_epochs: float = 0.25  # as in notebook 3
 seed: int = 0  # as in notebook 3
 overrides: str = "{}"  # as in notebook 3
-count: int = 5000  # images of each student
+count: int = 5000  # images of each student (at 256 px 4 GB each, and there are six such sets here)
 inception: str = ""  # Inception weights file (or "download") for FID in place of FD-digits
 
 # %%
@@ -41,6 +41,18 @@ import matplotlib.pyplot as plt
 import torch
 
 from advkd.data import FACTORS, batch_generator, load_images, make_latent, reference_images, seeded_noise
+from advkd.evaluation import (
+    Metric,
+    nearest,
+    protocol,
+    pull_to_train,
+    sample_student,
+    student_latency_ms,
+    student_row,
+    teacher_latency_ms,
+    teacher_row,
+)
+from advkd.extractor import load_extractor
 from advkd.figures import dots, markdown, save_figure, save_table, show_images, start_notebook
 from advkd.presets import ASSETS, PUBLISHED_FID
 from advkd.run import finish, load_run, read_run, run_dir, train_run
@@ -52,6 +64,13 @@ start_notebook()
 given = json.loads(overrides) | {"images": images, "seed": seed}
 improved = find_preset(preset, "improved", teacher, **given | ({"steps": steps} if steps else {}))
 recipes = {"paper": find_preset(preset, "paper", teacher, **given | {"epochs": paper_epochs}), "improved": improved}
+
+# %% [markdown]
+# The metric comes first, so that what it misses (Inception's weights, for images without a classifier here) is said before
+# hours of work.
+
+# %%
+metric = Metric(improved.data, inception=inception or None)
 
 # %% [markdown]
 # ## Teacher and students
@@ -74,20 +93,6 @@ for name, p in recipes.items():
 # The students are sampled with seed 1; every noise that they trained on has seed 0.
 
 # %%
-from advkd.evaluation import (
-    Metric,
-    nearest,
-    protocol,
-    pull_to_train,
-    sample_student,
-    student_latency_ms,
-    student_row,
-    teacher_latency_ms,
-    teacher_row,
-)
-from advkd.extractor import load_extractor
-
-# %%
 samples = {name: sample_student(pipeline, count, seed=1) for name, pipeline in students.items()}
 walks = {name: stores[name].images(slice(count)) for name in recipes}
 
@@ -97,7 +102,7 @@ walks = {name: stores[name].images(slice(count)) for name in recipes}
 # Precision is the share of samples that lie among real images, recall the share of real images that lie among samples.
 
 # %%
-metric, rows, step_ms = Metric(improved.data, inception=inception or None), [], teacher_latency_ms(model, 1)
+rows, step_ms = [], teacher_latency_ms(model, 1)
 few = bool(inception)  # 1197 real digits are fewer than Inception's 2048 features: a singular covariance
 for name, p in recipes.items():  # the paper's recipe learns from ancestral DDPM, ours from DDIM
     timing = {"ms_per_image": step_ms * p.sampler_steps, "images": len(walks[name])}
@@ -214,7 +219,7 @@ Markdown(markdown(beside, headings))
 # %%
 fed = {"N(0, 1), as published": samples["paper"]}
 shrunk = make_latent(seeded_noise(range(count), improved.image_shape, seed=1), "shrink8bit")
-fed["8-bit, as in training"] = students["paper"](noise=shrunk, output_type="pt").images
+fed["8-bit, as in training"] = sample_student(students["paper"], count, seed=1, noise=shrunk)
 latents = [{"recipe": "paper", "latent": name} | metric.evaluate(x, train, heldout, few) for name, x in fed.items()]
 _ = save_table(latents, details, f"figures/{preset}", "paper_latents")
 
@@ -247,7 +252,7 @@ _ = save_figure(figure, f"figures/{preset}", "distances")
 
 # %%
 noise = seeded_noise(range(min(1000, len(walks["improved"]))), improved.image_shape, seed=0)
-twins = students["improved"](noise=noise, output_type="pt").images
+twins = sample_student(students["improved"], len(noise), seed=0, noise=noise)
 
 # %%
 agree = {}

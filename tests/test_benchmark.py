@@ -2,6 +2,7 @@ import json
 
 import pandas as pd
 import pytest
+import torch
 from click.testing import CliRunner
 
 from advkd import benchmark as module
@@ -37,7 +38,8 @@ def small(monkeypatch):
 def test_every_kind_of_row_has_its_fields(small, kind, name, variant):
     row = measure(Case(kind, name, variant, 4, **small))
     assert "error" not in row
-    assert FIELDS - {"gflop_per_image"} <= row.keys() and row["ms_per_image"] > 0
+    uncounted = {"gflop_per_image"} if kind in ("training", "reading") else set()
+    assert row.keys() >= FIELDS - uncounted and row["ms_per_image"] > 0
     assert row["images_per_s"] == pytest.approx(1e3 / row["ms_per_image"])
 
 
@@ -74,7 +76,7 @@ def test_the_command_writes_json_table_and_figure(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     written = json.loads((tmp_path / "figures" / "benchmark.json").read_text())
     assert written["rows"][0].keys() >= FIELDS
-    assert "not measured" in written["protocol"]["gpu"] or written["protocol"]["gpu"] == "measured"
+    assert ("not measured" in written["protocol"]["gpu"]) == (not torch.cuda.is_available())
     assert len(pd.read_csv(tmp_path / "figures" / "benchmark.csv")) == 1
     assert {f.suffix for f in (tmp_path / "figures").iterdir()} == {".json", ".csv", ".md", ".png"}
 
@@ -108,3 +110,26 @@ def test_many_steps_of_the_teacher_are_so_many_times_one_and_follow_it():
     assert presented(rows) == rows
     failed = {"kind": "teacher", "name": "teacher step", "error": "out of memory"}
     assert presented([failed]) == [failed]
+
+
+def test_rows_come_from_processes_of_their_own_with_their_share_of_the_peak(monkeypatch):
+    about = {"preset": "cifar10", "min_seconds": 0.01}
+    chosen = [
+        Case("matrix", "matrix product", "float32", 1, **about),
+        Case("teacher", "teacher step", "float32", 1, **about),
+        Case("trajectory", "trajectory", "10 steps", 1, **about),
+        Case("teacher", "teacher step", "float33", 1, **about),
+    ]
+    matrix, teacher, trajectory, broken = module.benchmark(chosen)
+    assert matrix["share_of_peak"] == 1 and 0 < teacher["share_of_peak"] < 5
+    assert teacher["peak_memory_mb"] > 4 * 113 and teacher["gflop_per_image"] == pytest.approx(497.0 / 64, rel=0.02)
+    assert trajectory["gflop_per_image"] == pytest.approx(10 * teacher["gflop_per_image"], rel=1e-3)
+    assert trajectory["mb_per_sample"] < 0.02 and "share_of_peak" not in trajectory  # no peak in bfloat16 was asked for
+    assert "float33" in broken["error"] and broken["variant"] == "float33"
+
+
+def test_a_compiled_student_is_measured(small):
+    row = measure(Case("student", "improved student", "compiled", 2, **small))
+    assert row.get("error") or row["gflop_per_image"] == pytest.approx(
+        gflop_per_image(Student.from_preset(load_preset("cifar10")))
+    )

@@ -151,3 +151,18 @@ def test_a_preset_takes_images_from_a_folder(photographs):
     assert reference_images(preset, "heldout")[0].shape == (1, 3, 32, 32)
     with pytest.raises(UserError, match=r"'cifar10' are not embedded; give a folder of them \(images=..., --images\)"):
         load_images(load_preset("cifar10"), "train")
+
+
+def test_a_lost_cache_is_decoded_again_and_a_damaged_one_is_named(photographs, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 4)
+    whole = open_cache(str(photographs), 16, 3).copy()
+    (cache,) = (photographs.parent / "runs" / "images").iterdir()
+    (cache / "index.json").rename(cache / "progress.json")  # as if it had been interrupted after eight ...
+    state = {"done": 8, "bytes": 8 * 3 * 256, "images": 8, "unreadable": []}
+    (cache / "progress.json").write_text(json.dumps(state))
+    (cache / "images.u8").unlink()  # ... and what was decoded were lost
+    assert np.array_equal(open_cache(str(photographs), 16, 3), whole)
+    with open(cache / "images.u8", "r+b") as file:
+        file.truncate(100)
+    with pytest.raises(UserError, match=r"images.u8 is damaged or missing; remove"):
+        open_cache(str(photographs), 16, 3)
