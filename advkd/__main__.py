@@ -50,7 +50,9 @@ def cli(threads: int | None, deterministic: bool):
 
 PRESET = click.option("--preset", "name", default="digits", help="What to work on: digits, glyphs, celebahq, ...")
 OWN = click.option(
-    "--preset", "name", help="What to work on (default: what the trajectories or --teacher say, or digits)."
+    "--preset",
+    "name",
+    help="What to work on (default: what the trajectories say; own, what fits --teacher; or digits).",
 )
 IMAGES = click.option("--images", help="Real images: a folder (any depth; png, jpg, webp), or hf:OWNER/NAME.")
 DEVICE = click.option("--device", default="auto", help="auto, cuda, mps or cpu.")
@@ -58,6 +60,13 @@ RECIPE = click.option("--recipe", default="improved", help="How to train the stu
 OUT = click.option("--out", type=click.Path(path_type=Path), required=True, help="Where to write.")
 COUNT = click.option("--count", type=click.IntRange(1), default=5000, help="Number of images.")
 SEED = click.option("--seed", type=click.IntRange(0), default=1, help="Seed of the noise.")
+SET = click.option(
+    "--set",
+    "fields",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="Any field of the preset, the value as JSON: --set submodules=7 (several times).",
+)
 FEW_STEPS = click.option("--steps", type=click.IntRange(1), default=1, help="Sampling steps, of a few-step student.")
 WORKERS = click.option("--workers", type=click.IntRange(1), default=2, help="Students that are trained side by side.")
 TEACHER = click.option("--teacher", "source", help="A folder in diffusers format, or a hub id (default: the preset's).")
@@ -140,11 +149,16 @@ def extractor(name: str, out: Path, steps: int, learning_rate: float, seed: int)
 @OUT
 @click.option("--count", "trajectories", type=click.IntRange(1), help="Number of trajectories (default: the preset's).")
 @click.option("--sampler", help="ddim, ddpm or dpm-solver (default: the preset's).")
-@click.option("--sampler-steps", type=click.IntRange(1), help="Steps of the sampler (default: the preset's).")
+@click.option(
+    "--sampler-steps", type=click.IntRange(1), help="Steps of the sampler, a divisor of 1000 (default: the preset's)."
+)
 @click.option("--compile", "teacher_compile", is_flag=True, default=None, help="The teacher through torch.compile.")
+@SET
 @TEACHER
 @DEVICE
-def trajectories(name: str | None, recipe: str, out: Path, source: str | None, device: str, **given):
+def trajectories(
+    name: str | None, recipe: str, out: Path, fields: tuple[str, ...], source: str | None, device: str, **given
+):
     """Run the teacher and store the states that the student learns from; goes on where it was interrupted.
 
     In several processes, each on a device of its own: accelerate launch -m advkd trajectories ...
@@ -153,11 +167,25 @@ def trajectories(name: str | None, recipe: str, out: Path, source: str | None, d
     from advkd.teacher import find_preset, load_teacher
     from advkd.trajectories import generate_trajectories
 
-    given = {field: value for field, value in given.items() if value is not None}
+    given = _given(fields, given)
     preset = find_preset(name or ("own" if source else "digits"), recipe, source or "", **given)
     _say(describe(preset))
     store = generate_trajectories(load_teacher(preset, source), preset, out, device=device)
     _say(f"trajectories: {len(store)} in {out}")
+
+
+def _given(fields: tuple[str, ...], options: dict) -> dict:
+    """The fields of a preset that the command line names, by --set or by options of their own."""
+    found = {field: value for field, value in options.items() if value is not None}
+    for field in fields:
+        name, equals, value = field.partition("=")
+        if not equals:
+            raise UserError(f"--set {field} has no value; write --set {field}=VALUE")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value  # a word
+    return found
 
 
 def _say(text: str) -> None:
@@ -190,6 +218,7 @@ def _say(text: str) -> None:
 @click.option("--steps", type=click.IntRange(1), help="Optimizer steps (improved recipe).")
 @click.option("--epochs", type=float, help="Stage k trains for EPOCHS * (k + 1) epochs (paper recipe).")
 @click.option("--seed", type=click.IntRange(0), help="Seed of weights and batches.")
+@SET
 @DEVICE
 def train(
     name: str | None,
@@ -199,6 +228,7 @@ def train(
     source: str | None,
     out: Path,
     resume: bool,
+    fields: tuple[str, ...],
     device: str,
     **given,
 ):
@@ -214,7 +244,7 @@ def train(
 
     if store and source:
         raise UserError("--teacher has made the --trajectories already; give one of the two")
-    given = {field: value for field, value in given.items() if value is not None}
+    given = _given(fields, given)
     if method != "advkd" and recipe not in ("improved", method):
         raise UserError(f"--method {method} has one recipe, its own; leave out --recipe {recipe}")
     recipe = recipe if method == "advkd" else method
@@ -269,7 +299,7 @@ def sample(student: Path, count: int, seed: int, steps: int, out: Path):
 
 @cli.command()
 @STUDENT
-@PRESET
+@click.option("--preset", "name", help="What to compare with (default: what the student was trained for, or digits).")
 @COUNT
 @SEED
 @FEW_STEPS
@@ -279,7 +309,7 @@ def sample(student: Path, count: int, seed: int, steps: int, out: Path):
 @click.option("--few", is_flag=True, help="Allow fewer images than features.")
 def evaluate(
     student: Path,
-    name: str,
+    name: str | None,
     count: int,
     seed: int,
     steps: int,
@@ -296,6 +326,9 @@ def evaluate(
 
     pipeline = load_run(student)
     channels, px, _ = pipeline.student.image_shape
+    made = read_run(student)
+    about = made["preset"] if made else {}
+    name, images = name or about.get("name", "digits"), images or about.get("images")
     given = {"images": images} if images else {}
     preset = own_preset("", px, channels, **given) if name == "own" else load_preset(name, **given)
     metric, shape = Metric(preset.data, inception=inception), (channels, px)
@@ -305,8 +338,8 @@ def evaluate(
             f"but preset {name!r} has {preset.channels} at {preset.image_size_px}"
         )
     train_images, heldout = reference_images(preset, "train")[0], reference_images(preset, "heldout")[0]
-    samples, made = sample_student(pipeline, count, seed, steps=steps), read_run(student)
-    row = student_row(pipeline, made and made["preset"]["recipe"], steps)
+    samples = sample_student(pipeline, count, seed, steps=steps)
+    row = student_row(pipeline, about.get("recipe"), steps)
     row |= metric.evaluate(samples, train_images, heldout, few) | {
         "ms_per_image": student_latency_ms(pipeline, steps=steps)
     }
@@ -362,7 +395,12 @@ def quality(name: str, paper_epochs: float, chosen: tuple[str, ...], workers: in
 @click.option("--preset", "name", default="celebahq", help="Whose teacher and students: celebahq, cifar10, ...")
 @DEVICE
 @click.option("--batch", "batches", type=click.IntRange(1), multiple=True, default=(1, 64), help="Students' batches.")
-@click.option("--only", "kinds", multiple=True, help="Only rows of this kind (several times); others stay.")
+@click.option(
+    "--only",
+    "kinds",
+    multiple=True,
+    help="Only matrix, teacher, student, trajectory, training or reading (several times); others stay.",
+)
 def benchmark(name: str, device: str, batches: tuple[int, ...], kinds: tuple[str, ...]):
     """Measure time and memory of teacher, students, training and store in figures/benchmark.* (half an hour on a CPU)."""
     from tqdm import tqdm

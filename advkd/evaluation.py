@@ -60,8 +60,8 @@ class Metric:
                 self.weights = _safe_weights(Path(inception))
         elif extractor is None and data not in FACTORS:
             raise UserError(
-                "there is no classifier of one's own images to compare them by; give Inception's weights: "
-                "inception=FILE (--inception FILE, -p inception FILE)"
+                "there is no classifier of one's own images to compare them by; give torch-fidelity's Inception weights, a "
+                "file or 'download': inception=FILE (--inception FILE, -p inception FILE)"
             )
         else:
             model = extractor or load_extractor(ASSETS / f"{data}-extractor")

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from advkd.denoiser import Denoiser
-from advkd.presets import TRAIN_TIMESTEPS
 
 VIRTUAL_BATCH = 8
 
@@ -81,16 +80,18 @@ class TeacherFeatures:
 
     dims = 2
 
-    def __init__(self, teacher: Denoiser, mean: float = 1.0, sd: float = 1.0):
+    def __init__(self, teacher: Denoiser, mean: float, sd: float):
         self.teacher, self.mean, self.sd = teacher, mean, sd
         widths = teacher.unet.config.block_out_channels
         self.channels = [*widths, widths[-1]]
         self.condition_size = teacher.unet.time_embedding.linear_2.out_features
 
     def __call__(self, images: Tensor, eps: Tensor, z: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Features of images `(b, c, s, s)` with noise `eps` at the timesteps 999 sigmoid(mean + sd z), z `(b, n)` of which
-        the first column is used; and the embedding of those timesteps."""
-        t = ((TRAIN_TIMESTEPS - 1) * torch.sigmoid(self.mean + self.sd * z[:, 0])).long()
+        """Features of images `(b, c, s, s)` with noise `eps`, and the embedding of their timesteps: those where
+        log(sigma / alpha) is mean + sd z, of z `(b, n)` the first column. In the time of LADD's straight paths that is a
+        logit-normal."""
+        ratio = (self.teacher.sigma / self.teacher.alpha)[:-1]
+        t = torch.searchsorted(ratio, (self.mean + self.sd * z[:, 0]).exp()).clamp(max=len(ratio) - 1)
         unet = self.teacher.unet
         embedding = unet.time_embedding(unet.time_proj(t))
         x, features = unet.conv_in(self.teacher.noised(images, eps, t)), []

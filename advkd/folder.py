@@ -144,7 +144,10 @@ def _decode(names: Sequence[str], read: Callable[[str], np.ndarray], folder: Pat
         shown = ", ".join(state["unreadable"][:5])
         for made in (progress, file):  # the files are mended and read again, under another name
             made.unlink()
-        raise UserError(f"{len(state['unreadable'])} of {len(names)} images in {source!r} cannot be read: {shown}, ...")
+        raise UserError(
+            f"{len(state['unreadable'])} of {len(names)} images in {source!r} cannot be read, more than 1 %: {shown}"
+            f"{', ...' if len(state['unreadable']) > 5 else ''}; mend or remove them"
+        )
     write_json(folder / "index.json", {"source": source, "images": state["images"], "unreadable": state["unreadable"]})
     progress.unlink()
 

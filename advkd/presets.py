@@ -82,6 +82,7 @@ class Preset:
     distillation_weight: float = 0.0  # of ADD's score distillation
     distillation: Literal["exponential", "sds"] = "exponential"  # its weighting of the timesteps
     warm_up_steps: int = 0  # of ADD: pair regression first
+    feature_noise: tuple[float, ...] = (0.0, 1.0)  # mean and sd of log(sigma / alpha) of what ADD's critic is shown
 
     def __post_init__(self):
         check(self)
@@ -262,6 +263,8 @@ def _check_method(p: Preset) -> None:
         )
     if sorted({*times, last}) != sorted(times) or min(times) < 0 or max(times) > last:
         raise UserError(f"student_timesteps is {times}, but must be different timesteps, the last of them {last}")
+    if len(p.feature_noise) != 2 or p.feature_noise[1] < 0:
+        raise UserError(f"feature_noise is {p.feature_noise}, but must be a mean and a standard deviation")
     halvings = math.log2(max(p.student_grid, 1) / len(times))
     if p.method == "progressive" and (halvings < 0 or halvings % 1):
         raise UserError(f"student_grid is {p.student_grid}, but must be {len(times)} times a power of two")

@@ -138,7 +138,7 @@ def _begin(
         return pipeline, train_consistency(student, *given, teacher=expert(), **options)
     if preset.method == "dmd":
         return pipeline, train_dmd(student, *given, teacher=expert(), fake=expert(), **options)
-    features = TeacherFeatures(frozen := expert())
+    features = TeacherFeatures(frozen := expert(), *preset.feature_noise)
     critic = {"features": features, "heads": make_heads(features, preset.seed)}
     return pipeline, train_add(student, *given, teacher=frozen, **critic, **options)
 
@@ -234,6 +234,8 @@ def load_run(folder: Path | str) -> StudentPipeline:
                 raise UserError(f"{path} holds no readable student ({first_line(error)})") from error
             pipeline.student.eval()
             return pipeline
+    if (Path(folder) / CHECKPOINT).exists():
+        raise UserError(f"{folder} holds a training that was interrupted; go on with it: the same command and --resume")
     raise UserError(f"{folder} holds no student; train one with: python -m advkd train --out {folder}")
 
 

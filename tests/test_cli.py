@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from advkd import run, training
 from advkd.__main__ import cli
 from advkd.data import load_images
 from advkd.evaluation import Metric, sample_student
@@ -183,3 +184,39 @@ def test_evaluate_refuses_too_few_images(tmp_path, student):
     result = invoke("evaluate", student, "--count", 63, "--out", tmp_path / "result.json")
     assert_user_error(result, "63 images are too few for 64 features")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_any_field_can_be_set_and_a_student_is_judged_by_what_it_was_trained_for(tmp_path, teacher_folder):
+    fields = [
+        "--set",
+        "submodules=3",
+        "--set",
+        "widths=[4, 6]",
+        "--set",
+        "shard_size=4",
+        "--set",
+        "teacher_dtype=float32",
+    ]
+    own = ["--teacher", teacher_folder, "--count", 8, "--sampler-steps", 10]
+    made = invoke("trajectories", *own, *fields, "--out", tmp_path / "store")
+    assert made.exit_code == 0 and "submodule 2" in made.output and "submodule 3" not in made.output
+    few = ["--set", "submodules=3", "--set", "widths=[4, 6]", "--set", "batch_sizes=[4]", "--steps", 2]
+    assert invoke("train", "--trajectories", tmp_path / "store", *few, "--out", tmp_path / "run").exit_code == 0
+    judged = invoke("evaluate", tmp_path / "run", "--count", 8, "--out", tmp_path / "row.json")
+    assert judged.exit_code == 2 and "are not embedded" in judged.output + str(judged.exception)
+    refused = invoke("trajectories", *own, "--set", "submodules", "--out", tmp_path / "other")
+    assert refused.exit_code == 2 and "write --set submodules=VALUE" in refused.output
+    unknown = invoke("trajectories", *own, "--set", "depth=3", "--out", tmp_path / "other")
+    assert unknown.exit_code == 2 and "a preset has no field 'depth'" in unknown.output
+
+
+def test_an_interrupted_training_says_how_to_go_on(tmp_path, monkeypatch, store, improved):
+    for module in (run, training):
+        monkeypatch.setattr(module, "CHECKPOINT_EVERY", 2)
+    started = run.train_run(improved.replace(real_share=0.0), store, tmp_path, device="cpu")
+    for record in started:
+        if record.step == 3:
+            break
+    started.close()
+    refused = invoke("sample", tmp_path, "--out", tmp_path / "x.png")
+    assert refused.exit_code == 2 and "the same command and --resume" in refused.output

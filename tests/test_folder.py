@@ -99,7 +99,7 @@ def test_an_interrupted_decoding_goes_on(photographs, monkeypatch, tmp_path):
 def test_a_few_unreadable_files_are_listed_and_many_are_an_error(photographs, tmp_path):
     (photographs / "13.png").write_bytes(b"no image")
     (photographs / "14.jpg").write_bytes((photographs / "04.jpg").read_bytes()[:200])
-    with pytest.raises(UserError, match=r"2 of 14 images .* cannot be read: 13\.png, 14\.jpg"):
+    with pytest.raises(UserError, match=r"2 of 14 images .* cannot be read, more than 1 %: 13\.png, 14\.jpg; mend"):
         open_cache(str(photographs), 8, 3)
     module_share = pytest.MonkeyPatch()
     module_share.setattr(module, "UNREADABLE_SHARE", 0.2)

@@ -193,13 +193,14 @@ def test_a_head_gives_a_logit_for_every_place_and_its_norms_are_one(dims, shape,
 
 
 def test_features_are_the_teachers_at_the_noise_level_that_is_drawn(denoiser, images):
-    features = TeacherFeatures(denoiser, mean=1.0, sd=1.0)
-    eps, z = torch.randn(3, 1, 16, 16), torch.tensor([[-30.0], [-1.0], [30.0]])
+    features = TeacherFeatures(denoiser, mean=-1.0, sd=2.0)
+    ratio = denoiser.sigma / denoiser.alpha
+    eps, z = torch.randn(3, 1, 16, 16), torch.tensor([[-30.0], [(ratio[499].log() + 1) / 2 - 1e-4], [30.0]])
     seen, condition = features(images[:3], eps, z)
     assert [x.shape[1] for x in seen] == features.channels and condition.shape == (3, features.condition_size)
     reached = []
     hook = denoiser.unet.mid_block.register_forward_hook(lambda *a: reached.append(a[2]))
-    t = torch.tensor([0, 499, 999])  # 999 sigmoid(1 + z)
+    t = torch.tensor([0, 499, 998])
     denoiser.unet(denoiser.noised(images[:3], eps, t), t)
     hook.remove()
     torch.testing.assert_close(seen[-1], reached[0])
@@ -320,6 +321,7 @@ def test_the_parts_of_add_can_be_left_out(tmp_path, method, store, images, parts
         ("add", {"method": "gan"}, "method is 'gan', but must be one of 'advkd', 'add'"),
         ("progressive", {"student_grid": 12}, "student_grid is 12, but must be 1 times a power of two"),
         ("consistency", {"student_grid": 1}, "student_grid is 1, but must be 2 to 1000"),
+        ("add", {"feature_noise": (1.0,)}, r"feature_noise is \(1.0,\), but must be a mean"),
         ("add", {"distillation_weight": -1.0}, "distillation_weight is -1.0, but must not be negative"),
     ],
 )

@@ -179,7 +179,8 @@ def test_the_metric_is_named_for_what_it_is(metric, tmp_path, digits):
     with pytest.raises(UserError, match="is no Inception weights file; give one, or 'download'"):
         Metric(inception=tmp_path / "weights.pth")
     with pytest.raises(
-        UserError, match=r"no classifier of one's own images .* give Inception's weights: inception=FILE"
+        UserError,
+        match=r"no classifier of one's own images .* give torch-fidelity's Inception weights, .* inception=FILE",
     ):
         Metric("folder")
 
