@@ -89,31 +89,29 @@ def cases(preset: str, device: str, batches: tuple[int, ...] = (1, 64), min_seco
 def benchmark(chosen: list[Case]) -> Iterator[dict]:
     """Measure the cases one after the other, each in a new process, so that its peak memory is its own; yields rows.
 
-    `ms_per_image` is a median. `gflop_per_image` counts two for a multiplication with its sum. `share_of_peak` is
-    their speed over that of a product of two 4096 x 4096 matrices in the same precision, in the same run: as a product or
-    as a convolution with 1 x 1 kernels, whichever is faster (on a CPU two libraries do them).
+    `ms_per_image` is a median. `gflop_per_image` counts two for a multiplication with its sum.
     `peak_memory_mb`: on a CPU the process' resident memory over what it had with the package imported, on a GPU what torch allocated.
     """
-    peaks: dict[str, float] = {}
     for case in chosen:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             try:
                 row = pool.submit(measure, case).result()
             except BrokenProcessPool:
                 row = _about(case) | {"error": "its process was killed (out of memory?)"}
-        if "ms_per_image" in row and row.get("gflop_per_image"):
-            speed = row["gflop_per_image"] / row["ms_per_image"]
-            if case.kind == "matrix":
-                peaks[row["dtype"]] = speed
-            if row["dtype"] in peaks:
-                row["share_of_peak"] = speed / peaks[row["dtype"]]
         yield row
 
 
 def presented(rows: list[dict]) -> list[dict]:
-    """Rows in the order of KINDS; after each teacher step what 50 and 1000 of them take, so many times its time."""
+    """Rows in the order of KINDS with their share of the peak; after each teacher step what 50 and 1000 of them take, so many
+    times its time."""
+    measured = [row for row in rows if "times" not in row]
+    counted = [row for row in measured if row.get("gflop_per_image") and row.get("ms_per_image")]
+    speeds = {id(row): row["gflop_per_image"] / row["ms_per_image"] for row in counted}
+    peaks = {row["dtype"]: speeds[id(row)] for row in counted if row["kind"] == "matrix"}
     found = []
-    for row in sorted((row for row in rows if "times" not in row), key=lambda row: list(KINDS).index(row["kind"])):
+    for row in sorted(measured, key=lambda row: list(KINDS).index(row["kind"])):
+        if id(row) in speeds and row.get("dtype") in peaks:
+            row = row | {"share_of_peak": speeds[id(row)] / peaks[row["dtype"]]}
         found.append(row)
         if row["kind"] == "teacher" and "ms_per_image" in row:
             for times in (50, 1000):
@@ -132,7 +130,7 @@ def protocol(preset: str) -> dict:
         "reading": "the same 64 rows of 128 every time: from the system's memory, not from a disk",
         "float32": "TF32 on a GPU",
         "gflop_per_image": "not counted of training, whose penalty is a gradient's gradient, nor where files are read",
-        "share_of_peak": "of the faster matrix product (BLAS, 1 x 1 convolution) in the same precision; Winograd's convolutions can exceed 1",
+        "share_of_peak": "of the faster matrix product of 4096 x 4096 numbers (BLAS, 1 x 1 convolution) in the same precision; Winograd's convolutions can exceed 1",
         "teacher, 50 and 1000 steps": "not measured: so many times the row of one step",
         "peak_memory_mb": "CPU: peak resident memory over that of the process with the package imported; GPU: allocated by torch",
         "runs": "with --only, rows of a kind replace those of an earlier run: compare within a kind",

@@ -41,18 +41,6 @@ import matplotlib.pyplot as plt
 import torch
 
 from advkd.data import FACTORS, batch_generator, load_images, make_latent, reference_images, seeded_noise
-from advkd.evaluation import (
-    Metric,
-    nearest,
-    protocol,
-    pull_to_train,
-    sample_student,
-    student_latency_ms,
-    student_row,
-    teacher_latency_ms,
-    teacher_row,
-)
-from advkd.extractor import load_extractor
 from advkd.figures import dots, markdown, save_figure, save_table, show_images, start_notebook
 from advkd.presets import ASSETS, PUBLISHED_FID
 from advkd.run import finish, load_run, read_run, run_dir, train_run
@@ -70,6 +58,19 @@ recipes = {"paper": find_preset(preset, "paper", teacher, **given | {"epochs": p
 # hours of work.
 
 # %%
+from advkd.evaluation import (
+    Metric,
+    nearest,
+    protocol,
+    pull_to_train,
+    sample_student,
+    student_latency_ms,
+    student_row,
+    teacher_latency_ms,
+    teacher_row,
+)
+from advkd.extractor import load_extractor
+
 metric = Metric(improved.data, inception=inception or None)
 
 # %% [markdown]
