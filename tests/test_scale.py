@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_sample_images
 
-from advkd import presets, run, train_advkd, trajectories
+from advkd import presets, run, train_advkd, training, trajectories
 from advkd.__main__ import cli
 from advkd.data import load_images
 from advkd.files import sha256
@@ -166,7 +166,7 @@ def test_two_processes_train_as_one_with_the_whole_batch(tmp_path, improved, pap
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch, improved, store):
-    monkeypatch.setattr(train_advkd, "processes", lambda: (0, 3))
+    monkeypatch.setattr(training, "processes", lambda: (0, 3))
     with pytest.raises(UserError, match=r"a batch has 4, 2, 2 images .* 4 cannot be shared by 3 processes"):
         next(
             train_advkd.train_advkd(
@@ -177,7 +177,19 @@ def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch, improved, s
 
 def test_two_processes_make_the_store_of_one(tmp_path):
     teacher = make_teacher(tmp_path / "teacher", 32, 3, DDPMScheduler())
-    arguments = ["trajectories", "--teacher", teacher, "--count", 160, "--sampler-steps", 10, "--sampler", "ddpm"]
+    arguments = [
+        "trajectories",
+        "--teacher",
+        teacher,
+        "--count",
+        160,
+        "--sampler-steps",
+        10,
+        "--sampler",
+        "ddpm",
+        "--set",
+        "shard_size=64",
+    ]
     invoke(*arguments, "--out", tmp_path / "one")
     launcher = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
     launcher += ["--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "-m", "advkd", "--threads", "1"]
@@ -223,7 +235,7 @@ def test_a_store_that_was_killed_before_it_was_sealed_is_sealed(tmp_path, monkey
 def test_a_training_that_was_killed_goes_on_to_equal_weights_ten_times_out_of_ten(
     tmp_path, monkeypatch, improved, store
 ):
-    for module in (run, train_advkd):
+    for module in (run, training):
         monkeypatch.setattr(module, "CHECKPOINT_EVERY", 5)
     preset, images = improved.replace(steps=60), load_images(improved, "train")[0][:32]
     started = time.perf_counter()
