@@ -14,7 +14,6 @@ from advkd.presets import Preset
 from advkd.train_regression import pair_loss
 from advkd.training import (
     Data,
-    MovingAverage,
     Plan,
     Share,
     TrainRecord,
@@ -22,6 +21,7 @@ from advkd.training import (
     descend,
     expected_image,
     gradient_norm,
+    prepared,
     settle,
     walk,
 )
@@ -61,10 +61,9 @@ class _Loop:
         self.plan = Plan(preset, len(data.store))
         self.steps, self.features = self.plan.steps, features
         self.teacher = teacher.to(device).eval().requires_grad_(False)
-        self.student = student.to(device).train().requires_grad_(True).to(memory_format=torch.channels_last)
-        self.modules = {"student": self.student, "critic": heads.to(device).train()}
-        if preset.ema:
-            self.modules["average"] = MovingAverage(self.student, preset.ema)
+        self.modules = prepared(student, preset, device)
+        self.student = self.modules["student"]
+        self.modules["critic"] = heads.to(device).train()
         adam = {"lr": preset.learning_rate, "fused": True, "weight_decay": 0.0}
         self.optimizers = {
             "student_optimizer": torch.optim.AdamW(student.parameters(), betas=preset.betas, **adam),

@@ -10,7 +10,7 @@ from advkd.data import batch_generator
 from advkd.denoiser import Denoiser
 from advkd.devices import pick_device
 from advkd.presets import Preset
-from advkd.training import Data, MovingAverage, Plan, Share, TrainRecord, autocast, descend, settle, timestep, walk
+from advkd.training import Data, Plan, Share, TrainRecord, adam, autocast, descend, prepared, settle, timestep, walk
 from advkd.trajectories import TrajectoryStore
 
 
@@ -47,13 +47,10 @@ class _Loop:
         self.preset, self.device, self.data, self.mine = preset, device, data, Share(device)
         self.plan = Plan(preset, len(data.store))
         self.steps = self.plan.steps
-        self.student = student.to(device, memory_format=torch.channels_last).train()
         self.teacher = teacher.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-        self.modules = {"student": self.student}
-        if preset.ema:
-            self.modules["average"] = MovingAverage(self.student, preset.ema)
-        adam = {"lr": preset.learning_rate, "betas": preset.betas, "fused": True}
-        self.optimizers = {"student_optimizer": torch.optim.Adam(self.student.parameters(), **adam)}
+        self.modules = prepared(student, preset, device)
+        self.student = self.modules["student"]
+        self.optimizers = {"student_optimizer": adam(self.student, preset)}
 
     def enter(self, step: int) -> None:
         """There is one stage."""

@@ -13,14 +13,15 @@ from advkd.presets import TRAIN_TIMESTEPS, Preset
 from advkd.train_regression import pair_loss
 from advkd.training import (
     Data,
-    MovingAverage,
     Plan,
     Share,
     TrainRecord,
+    adam,
     autocast,
     descend,
     expected_image,
     gradient_norm,
+    prepared,
     settle,
     walk,
 )
@@ -61,15 +62,11 @@ class _Loop:
         self.preset, self.device, self.data, self.mine = preset, device, data, Share(device)
         self.plan = Plan(preset, len(data.store))
         self.steps = self.plan.steps
-        self.student = student.to(device, memory_format=torch.channels_last).train()
         self.teacher = teacher.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-        self.modules = {"student": self.student, "fake": fake.to(device, memory_format=torch.channels_last).train()}
-        if preset.ema:
-            self.modules["average"] = MovingAverage(self.student, preset.ema)
-        adam = {"lr": preset.learning_rate, "betas": preset.betas, "fused": True}
-        self.optimizers = {
-            f"{n}_optimizer": torch.optim.Adam(self.modules[n].parameters(), **adam) for n in ("student", "fake")
-        }
+        self.modules = prepared(student, preset, device)
+        self.student = self.modules["student"]
+        self.modules["fake"] = fake.to(device, memory_format=torch.channels_last).train()
+        self.optimizers = {f"{name}_optimizer": adam(self.modules[name], preset) for name in ("student", "fake")}
 
     def enter(self, step: int) -> None:
         """There is one stage."""

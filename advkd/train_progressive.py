@@ -11,7 +11,7 @@ from advkd.data import batch_generator
 from advkd.denoiser import Denoiser
 from advkd.devices import pick_device
 from advkd.presets import Preset
-from advkd.training import Data, MovingAverage, Plan, Share, TrainRecord, autocast, descend, settle, timestep, walk
+from advkd.training import Data, Plan, Share, TrainRecord, adam, autocast, descend, prepared, settle, timestep, walk
 from advkd.trajectories import TrajectoryStore
 
 
@@ -69,12 +69,9 @@ class _Loop:
         if self.phase and before is not None:
             settle(self.student, self.modules.get("average"))
             teacher = self.student
-        self.modules = {"student": self.student.train()}
+        self.modules = prepared(self.student, p, self.device)
         self.modules["teacher"] = copy.deepcopy(teacher).eval().requires_grad_(False)
-        if p.ema:
-            self.modules["average"] = MovingAverage(self.student, p.ema)
-        adam = {"lr": p.learning_rate, "betas": p.betas, "fused": True}
-        self.optimizers = {"student_optimizer": torch.optim.Adam(self.student.parameters(), **adam)}
+        self.optimizers = {"student_optimizer": adam(self.student, p)}
 
     def step(self, step: int) -> tuple[int, int, dict[str, Tensor]]:
         """One update at the timesteps of the phase, the loss weighted by max(1, signal to noise)."""

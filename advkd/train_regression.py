@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from advkd.devices import pick_device, with_global_batches
+from advkd.devices import pick_device
 from advkd.presets import TRAIN_TIMESTEPS, Preset
-from advkd.training import Data, MovingAverage, Plan, TrainRecord, autocast, descend, expected_image, settle, walk
+from advkd.training import Data, Plan, TrainRecord, adam, autocast, descend, expected_image, prepared, settle, walk
 from advkd.trajectories import TrajectoryStore
 
 
@@ -34,12 +34,9 @@ class _Loop:
         self.preset, self.device, self.data = preset, device, Data(trajectories, None, preset, device)
         self.plan = Plan(preset, len(trajectories))
         self.steps = self.plan.steps
-        self.student = with_global_batches(student).to(device, memory_format=torch.channels_last).train()
-        self.modules = {"student": self.student}
-        if preset.ema:
-            self.modules["average"] = MovingAverage(self.student, preset.ema)
-        adam = {"lr": preset.learning_rate, "betas": preset.betas, "fused": True}
-        self.optimizers = {"student_optimizer": torch.optim.Adam(self.student.parameters(), **adam)}
+        self.modules = prepared(student, preset, device)
+        self.student = self.modules["student"]
+        self.optimizers = {"student_optimizer": adam(self.student, preset)}
 
     def enter(self, step: int) -> None:
         """There is one stage."""

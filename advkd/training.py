@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from advkd.data import batch_generator, make_latent
-from advkd.devices import all_mean, average_gradients, processes, to_device
+from advkd.devices import all_mean, average_gradients, processes, to_device, with_global_batches
 from advkd.files import CHECKPOINT_EVERY, differences, load_checkpoint, read_checkpoint_state, save_checkpoint
 from advkd.folder import CachedImages
 from advkd.presets import TRAIN_TIMESTEPS, Preset, UserError, asdict
@@ -276,6 +276,18 @@ def descend(loss: Tensor, student: nn.Module, optimizer: torch.optim.Optimizer, 
     if average is not None:
         average.update_parameters(student)
     return {"student_loss": loss.detach(), "student_gradient": norm}
+
+
+def prepared(student: nn.Module, preset: Preset, device: torch.device) -> dict[str, nn.Module]:
+    """The first modules of a loop: the student in training on the device, its batch normalisations over all processes, and
+    its moving average, where the preset has one."""
+    student = with_global_batches(student).to(device, memory_format=torch.channels_last).train().requires_grad_(True)
+    return {"student": student} | ({"average": MovingAverage(student, preset.ema)} if preset.ema else {})
+
+
+def adam(module: nn.Module, preset: Preset) -> torch.optim.Adam:
+    """The preset's optimizer of all of a module's parameters."""
+    return torch.optim.Adam(module.parameters(), lr=preset.learning_rate, betas=preset.betas, fused=True)
 
 
 def settle(student: nn.Module, average: MovingAverage | None) -> None:
