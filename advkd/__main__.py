@@ -392,6 +392,52 @@ def quality(name: str, paper_epochs: float, chosen: tuple[str, ...], workers: in
 
 
 @cli.command()
+@PRESET
+@click.option(
+    "--method", "methods", multiple=True, help="Only this method (several times for several); teacher: its rows."
+)
+@click.option(
+    "--budget", "budgets", type=float, multiple=True, help="Only this budget, in trainings of the improved recipe."
+)
+@WORKERS
+def compare(name: str, methods: tuple[str, ...], budgets: tuple[float, ...], workers: int):
+    """Train and measure all methods side by side in figures/PRESET/head_to_head.json (hours from nothing; resumable)."""
+    from advkd.figures import keep_row
+    from advkd.head_to_head import (
+        BUDGETS,
+        CONTESTANTS,
+        SHOWN,
+        compare_teacher,
+        comparison_place,
+        comparison_protocol,
+        jobs,
+        keep_images,
+    )
+    from advkd.head_to_head import compare as run
+    from advkd.quality import Judge
+
+    for what, given, known in (("method", methods, (*CONTESTANTS, "teacher")), ("budget", budgets, BUDGETS)):
+        if unknown := [x for x in given if x not in known]:
+            raise UserError(f"there is no {what} {unknown[0]!r}; {what}s: {', '.join(map(str, known))}")
+    chosen = [j for j in jobs(name) if (not methods or j.method in methods) and (not budgets or j.budget in budgets)]
+    judge, failed = Judge(load_preset(name)), 0
+
+    def rows():
+        yield from run(judge, chosen, workers)
+        if not methods or "teacher" in methods:
+            yield from compare_teacher(judge, load_preset(name))
+
+    for row, images in rows():
+        folder = f"figures/{name}"
+        table = folder, "head_to_head", SHOWN
+        path = keep_row(row, partial(comparison_place, name), comparison_protocol(judge), *table)
+        failed += "error" in row
+        if images is not None:
+            keep_images(folder, row, images)
+    click.echo(f"head to head: {path}" + (f", {failed} rows of failed trainings (see `error` there)" if failed else ""))
+
+
+@cli.command()
 @click.option("--preset", "name", default="celebahq", help="Whose teacher and students: celebahq, cifar10, ...")
 @DEVICE
 @click.option("--batch", "batches", type=click.IntRange(1), multiple=True, default=(1, 64), help="Students' batches.")

@@ -1,17 +1,12 @@
 """The ablations that the paper lacks: one change at a time, as resumable jobs with committed rows."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
-from advkd.evaluation import sample_student
-from advkd.figures import study_hash
-from advkd.files import write_json
 from advkd.presets import Preset, load_preset, resolution
-from advkd.quality import IMAGES, Judge, judge_protocol
-from advkd.run import load_run, read_run, train_side_by_side
+from advkd.quality import IMAGES, Judge, judge_protocol, score
+from advkd.run import train_side_by_side
 from advkd.student import match_parameters, parameters
 
 SEEDS = (0, 1, 2)
@@ -166,22 +161,11 @@ def ablate(judge: Judge, chosen: list[Job], workers: int = 1) -> Iterator[dict]:
     for job in chosen:
         wanted.setdefault(job.preset, []).append(job)
     for preset, folder, error in train_side_by_side(list(wanted), workers):
-        measured = {"error": error} if error else _score(judge, folder)
+        measured = {"error": error} if error else score(judge, folder, SCORE, ablation_protocol(judge), SAMPLING_SEED)
         for job in wanted[preset]:
             about = {"group": job.group, "setting": job.setting, "seed": preset.seed}
             sizes = {"parameters": parameters(preset), "preset_hash": preset.config_hash}
             yield about | sizes | measured
-
-
-def _score(judge: Judge, folder: Path) -> dict:
-    """What the judge says of a run, kept beside it."""
-    path, study, made = folder / SCORE, study_hash(ablation_protocol(judge)), read_run(folder)
-    if path.exists() and (kept := json.loads(path.read_text())).get("study") == study:
-        return kept["measured"]
-    measured = {"train_seconds": made["seconds"], "threads": made["threads"], "device": made["device"]}
-    measured |= judge.measure(sample_student(load_run(folder), IMAGES, SAMPLING_SEED, progress=False))
-    write_json(path, {"study": study, "measured": measured})
-    return measured
 
 
 def ablation_place(name: str, row: dict) -> int | None:

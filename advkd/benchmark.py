@@ -146,13 +146,13 @@ def measure(case: Case) -> dict:
     device = pick_device(case.device)
     if device.type == "cuda":  # TF32 for products, as convolutions have it
         torch.set_float32_matmul_precision("high")
-    about, before = _about(case) | {"device": _device_name(device)}, _memory_mb(device, restart=True)
+    about, before = _about(case) | {"device": _device_name(device)}, memory_mb(device, restart=True)
     try:
         found = KINDS[case.kind](case, device)
     except Exception as error:  # of any library: a benchmark goes on
         return about | {"error": first_line(error)}
     if before is not None:
-        found = {"peak_memory_mb": _memory_mb(device) - before} | found
+        found = {"peak_memory_mb": memory_mb(device) - before} | found
     if "ms_per_image" in found:
         found["images_per_s"] = 1e3 / found["ms_per_image"]
     return about | found
@@ -172,7 +172,7 @@ def _device_name(device: torch.device) -> str:
     return f"{names[0] if names else platform.machine()} CPU"
 
 
-def _memory_mb(device: torch.device, restart: bool = False) -> float | None:
+def memory_mb(device: torch.device, restart: bool = False) -> float | None:
     """The peak since the last restart, which begins at what is taken now. Where there is no GPU, as Linux counts it; None
     on other systems."""
     if device.type == "cuda":

@@ -3,12 +3,18 @@
 from collections.abc import Sequence
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from advkd.denoiser import Denoiser
+from advkd.files import fingerprint, first_line
+from advkd.presets import UserError
 
 VIRTUAL_BATCH = 8
+DINO_PX = 224  # 16 x 16 patches
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation that DINOv2 expects
 
 
 class BatchNormLocal(nn.Module):
@@ -101,7 +107,69 @@ class TeacherFeatures:
         return [*features, unet.mid_block(x, embedding)], embedding
 
 
-def make_heads(features: TeacherFeatures, seed: int) -> Heads:
+class DinoFeatures:
+    """What a frozen DINOv2 sees of augmented images: the patch embedding and four layers, the class token added to every
+    other (ADD, section 3.2; StyleGAN-T, section 3.2). Features that a metric uses must not be trained against: no metric
+    here does.
+    """
+
+    dims, condition_size = 1, 0
+
+    def __init__(self, model: nn.Module):
+        self.model = model.eval().requires_grad_(False)
+        depth = model.config.num_hidden_layers
+        self.layers = [0, *(depth * n // 4 for n in (1, 2, 3, 4))]
+        self.channels = [model.config.hidden_size] * len(self.layers)
+        self.fingerprint = fingerprint(model.state_dict())
+
+    @classmethod
+    def from_pretrained(cls, source: str) -> "DinoFeatures":
+        """From a folder or a hub id with weights as safetensors, such as facebook/dinov2-small (downloaded when it is not at
+        hand). Raises UserError where transformers or the weights are missing, and for another network."""
+        try:
+            from transformers import Dinov2Model
+        except ImportError as error:
+            raise UserError(f"features {source!r} need the package transformers: pip install 'advkd[dino]'") from error
+        try:
+            model, found = Dinov2Model.from_pretrained(source, use_safetensors=True, output_loading_info=True)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"features {source!r} are no DINOv2 that can be read ({first_line(error)})") from error
+        if found["missing_keys"] or model.config.model_type != "dinov2":
+            raise UserError(f"features {source!r} hold another network than a DINOv2; give one, or features=''")
+        return cls(model)
+
+    def __call__(self, images: Tensor, eps: Tensor, z: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Features `(b, c, n)` of images `(b, c, s, s)` in [-1, 1], augmented by `z` `(b, 8)`; the condition is empty."""
+        self.model.to(images.device)
+        rgb = F.interpolate(augmented(images, z) / 2 + 0.5, DINO_PX, mode="bicubic", antialias=True)
+        mean, sd = (torch.tensor(x, device=images.device).view(-1, 1, 1) for x in IMAGENET)
+        states = self.model((rgb.expand(-1, 3, -1, -1) - mean) / sd, output_hidden_states=True).hidden_states
+        features = [(states[n][:, 1:] + states[n][:, :1]).transpose(1, 2) for n in self.layers]
+        return features, images.new_zeros(len(images), 0)
+
+
+def augmented(images: Tensor, z: Tensor) -> Tensor:
+    """Images `(b, c, s, s)` in [-1, 1] in other brightness, saturation and contrast, moved by up to an eighth, and with a
+    square of half the side cut out; by standard normal `z` `(b, 8)` (Zhao et al. 2020, appendix)."""
+    side, u = images.shape[-1], torch.special.ndtr(z)[:, :, None, None, None]
+    x = images + u[:, 0] - 0.5
+    grey = x.mean(1, keepdim=True)
+    x = grey + 2 * u[:, 1] * (x - grey)
+    middle = x.mean((1, 2, 3), keepdim=True)
+    x = middle + (u[:, 2] + 0.5) * (x - middle)
+    reach, places = side // 8, torch.arange(side, device=x.device)
+    down, right, top, left = (u[:, n].view(-1, 1) for n in range(3, 7))
+    rows, columns = (places + ((2 * reach + 1) * by).long().clamp(max=2 * reach) - reach for by in (down, right))
+    inside = [(at >= 0) & (at < side) for at in (rows, columns)]
+    cut = [(places >= (start := (side * by).floor() - side // 4)) & (places < start + side // 2) for by in (top, left)]
+    batch = torch.arange(len(x), device=x.device).view(-1, 1, 1)
+    rows, columns = (at.clamp(0, side - 1) for at in (rows, columns))
+    moved = x.movedim(1, -1)[batch, rows[:, :, None], columns[:, None]].movedim(-1, 1)
+    seen = inside[0][:, :, None] & inside[1][:, None] & ~(cut[0][:, :, None] & cut[1][:, None])
+    return moved * seen[:, None]
+
+
+def make_heads(features: TeacherFeatures | DinoFeatures, seed: int) -> Heads:
     """New heads for a feature network, their initial weights a function of `seed`."""
     with torch.random.fork_rng():
         torch.manual_seed(seed + 1000)

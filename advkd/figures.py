@@ -12,11 +12,12 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.utils import make_grid
 
-from advkd.files import project_root, write_atomic, write_json, write_text
+from advkd.files import locked, project_root, write_atomic, write_json, write_text
 from advkd.presets import config_hash
 
 DPI = 110
@@ -132,10 +133,11 @@ def keep_row(
     Rows whose place is None and rows that were judged in another way (`study_hash`) are dropped.
     """
     path, row = figures_folder(folder) / f"{name}.json", row | {"study": study_hash(protocol)}
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    rows = {place(r): r for r in [*rows, row] if r.get("study") == row["study"]}
-    ordered = [rows[at] for at in sorted(at for at in rows if at is not None)]
-    return save_table(ordered, protocol, folder, name, shown)[0]
+    with locked(path):
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+        rows = {place(r): r for r in [*rows, row] if r.get("study") == row["study"]}
+        ordered = [rows[at] for at in sorted(at for at in rows if at is not None)]
+        return save_table(ordered, protocol, folder, name, shown)[0]
 
 
 def study_hash(protocol: dict) -> str:
@@ -187,6 +189,123 @@ def plot_benchmark(rows: list[dict]) -> Figure:
     sns.stripplot(frame, x="ms_per_image", y="label", orient="h", ax=ax, **style)
     ax.set(xscale="log", xlabel=f"ms per image ({frame.device[0]}, {frame.threads[0]} threads)", ylabel="")
     ax.grid(axis="y", visible=True)
+    ax.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    figure.tight_layout()
+    return figure
+
+
+def plot_settings(rows: list[dict], groups: Sequence[str], field: str, label: str, lines: dict[str, float]) -> Figure:
+    """A panel for each group of ablation rows: every seed's `field` as a dot, mean and standard deviation of a setting.
+
+    `lines` (name: value) are drawn through all panels. A failed training shows as a cross at the right edge.
+    """
+    columns = min(3, len(groups))
+    counts = [len({row["setting"] for row in rows if row["group"] == group}) for group in groups]
+    heights = [max(counts[i : i + columns]) + 1.6 for i in range(0, len(groups), columns)]
+    size = (4.6 * columns if columns > 1 else 7.5, 0.27 * sum(heights) + 0.4)
+    figure, axes = plt.subplots(
+        len(heights), columns, figsize=size, height_ratios=heights, squeeze=False, sharex=True, layout="constrained"
+    )
+    for ax, group in zip(axes.flat, groups, strict=False):
+        _settings_panel(ax, pd.DataFrame([row for row in rows if row["group"] == group]), field)
+        for (name, value), dashes in zip(lines.items(), (":", "--", "-."), strict=False):
+            ax.axvline(value, color=INK, ls=dashes, lw=1, zorder=0, label=name)
+        ax.set(ylabel="", xlabel=label, title=group)
+        _logarithmic(ax, "x")
+    for ax in axes.flat[len(groups) :]:
+        ax.set_axis_off()
+    for ax in axes.flat[max(len(groups) - columns, 0) : len(groups)]:  # the last of each column
+        ax.tick_params(labelbottom=True)
+        ax.xaxis.label.set_visible(True)
+    figure.legend(
+        *axes.flat[0].get_legend_handles_labels(), fontsize=8, loc="outside upper left", ncols=3, frameon=False
+    )
+    return figure
+
+
+def _settings_panel(ax: Axes, frame: pd.DataFrame, field: str) -> None:
+    style = {"data": frame, "x": field, "y": "setting", "orient": "h", "ax": ax, "color": IMPROVED_RECIPE}
+    sns.stripplot(**style, size=4, alpha=0.35, jitter=False)
+    sns.pointplot(**style, errorbar="sd", linestyle="none", markersize=5, err_kws={"lw": 1.5})
+    if "error" in frame:
+        failed = frame[frame["error"].notna()].setting
+        ax.plot([0.98] * len(failed), failed, "x", color=PAPER_RECIPE, transform=ax.get_yaxis_transform())
+
+
+def plot_against(rows: list[dict], x: str, y: str, labels: tuple[str, str], log: str = "xy") -> Axes:
+    """Rows as points in the plane of two fields, coloured by `recipe`, named by `name` where they have one; the axes `log`
+    are logarithmic."""
+    _, ax = plt.subplots(figsize=(6.4, 4.2))
+    for row in rows:
+        bars, colour = [row.get(f"{field}_sd") for field in (x, y)], COLOURS[row["recipe"] or "teacher"]
+        style = {"fmt": row.get("marker", "o"), "color": colour, "ms": 6, "lw": 1, "capsize": 2}
+        ax.errorbar(row[x], row[y], xerr=bars[0], yerr=bars[1], **style)
+        if row.get("name"):
+            ax.annotate(row["name"], (row[x], row[y]), (5, 4), textcoords="offset points", fontsize=7.5)
+    ax.set(xlabel=labels[0], ylabel=labels[1])
+    _logarithmic(ax, log)
+    return ax
+
+
+def _logarithmic(ax: Axes, axes: str = "xy") -> None:
+    """Make the named axes logarithmic, with plain numbers at 1, 2 and 5."""
+    for name in axes:
+        ax.set(**{f"{name}scale": "log"})
+        axis = getattr(ax, f"{name}axis")
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
+
+
+def plot_methods(rows: list[dict], x: str, y: str, labels: tuple[str, str], lines: dict[str, float]) -> Figure:
+    """Rows as points in the plane of two fields, on logarithmic axes: a colour for each `method`, whose numbers of `steps`
+    are joined and named; `<field>_sd` as error bars. `lines` (name: value of y) are drawn across."""
+    figure, ax = plt.subplots(figsize=(7.5, 4.4))
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    for place, (method, colour) in enumerate(zip(methods, sns.color_palette("husl", len(methods)), strict=True)):
+        of = sorted((row for row in rows if row["method"] == method), key=lambda row: row["steps"])
+        style = {"fmt": "os^Dv"[place % 5] + "-", "color": colour, "ms": 6, "lw": 1, "capsize": 2, "label": method}
+        bars = [[row.get(f"{field}_sd") or 0 for row in of] for field in (x, y)]
+        ax.errorbar([row[x] for row in of], [row[y] for row in of], xerr=bars[0], yerr=bars[1], **style)
+        for row in of if len(of) > 1 else []:
+            ax.annotate(row["steps"], (row[x], row[y]), (4, 4), textcoords="offset points", fontsize=7, color=colour)
+    for (name, value), dashes in zip(lines.items(), (":", "--", "-."), strict=False):
+        ax.axhline(value, color=INK, ls=dashes, lw=1, zorder=0, label=name)
+    ax.set(xlabel=labels[0], ylabel=labels[1])
+    _logarithmic(ax)
+    ax.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    figure.tight_layout()
+    return figure
+
+
+def plot_preferences(ranking: list[dict], rates: list[dict]) -> Figure:
+    """Strengths of methods, best first, and how often each pair's first won, both with their 95 % intervals."""
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 0.3 * max(len(ranking), len(rates)) + 1.2))
+    sides = (
+        (axes[0], [(row["method"], row["strength"], row) for row in ranking], 0.0, "strength, log-odds of a win"),
+        (axes[1], [(f"{r['method']} over {r['against']}", r["rate"], r) for r in rates], 0.5, "share of the votes"),
+    )
+    for ax, found, neutral, label in sides:
+        for place, (_, value, row) in enumerate(found):
+            bars = [[max(value - row["low"], 0)], [max(row["high"] - value, 0)]]
+            ax.errorbar(value, place, xerr=bars, fmt="o", color=IMPROVED_RECIPE, ms=6, capsize=3)
+        ax.axvline(neutral, color=INK, ls=":", lw=1, zorder=0)
+        ax.set(yticks=range(len(found)), yticklabels=[name for name, *_ in found], xlabel=label)
+        ax.set_ylim(len(found) - 0.5, -0.5)
+        ax.grid(axis="y", visible=False)
+    figure.tight_layout()
+    return figure
+
+
+def plot_shares(rows: list[dict], factor: str, real: Sequence[float]) -> Figure:
+    """How often each class of `factor` appears among real images (bars) and among those of each row (dots)."""
+    figure, ax = plt.subplots(figsize=(max(6.4, 0.27 * len(real)), 2.4))
+    ax.bar(range(len(real)), real, color="0.88", label="held-out real images")
+    for row, marker in zip(rows, "os^Dv", strict=False):
+        colour = COLOURS[row["recipe"] or "teacher"]
+        ax.plot(row[f"shares_{factor}"], ls="", marker=marker, ms=5, color=colour, alpha=0.8, label=row["name"])
+    ax.set(xlabel=factor, ylabel="share of the images", xticks=range(len(real)))
+    ax.grid(axis="x", visible=False)
     ax.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     figure.tight_layout()
     return figure

@@ -82,6 +82,7 @@ class Preset:
     distillation_weight: float = 0.0  # of ADD's score distillation
     distillation: Literal["exponential", "sds"] = "exponential"  # its weighting of the timesteps
     warm_up_steps: int = 0  # of ADD: pair regression first
+    features: str = ""  # a DINOv2 for ADD's critic, a folder or a hub id, in place of the teacher's features
     feature_noise: tuple[float, ...] = (0.0, 1.0)  # mean and sd of log(sigma / alpha) of what ADD's critic is shown
 
     def __post_init__(self):
@@ -171,8 +172,13 @@ def check(p: Preset) -> None:
     sizes = sorted(set(p.resolutions))
     if len(p.widths) != len(sizes):
         raise UserError(f"widths has {len(p.widths)} entries {p.widths}, but the submodules' images have {sizes} px")
-    if p.sampler_steps <= 0 or TRAIN_TIMESTEPS % p.sampler_steps:
-        raise UserError(f"sampler_steps is {p.sampler_steps}, but must divide {TRAIN_TIMESTEPS}, as 50, 100 or 1000 do")
+    if not 0 < p.sampler_steps <= TRAIN_TIMESTEPS or (
+        TRAIN_TIMESTEPS % p.sampler_steps and k > 1
+    ):  # one reads no times
+        raise UserError(
+            f"sampler_steps is {p.sampler_steps}, but must divide {TRAIN_TIMESTEPS}, as 50, 100 or 1000 do"
+            + (f"; with one submodule, 1 to {TRAIN_TIMESTEPS}" if k == 1 else "")
+        )
     for field in dataclasses.fields(p):
         allowed, value = getattr(field.type, "__args__", ()), getattr(p, field.name)
         if allowed and all(isinstance(a, str) for a in allowed) and value not in allowed:
@@ -246,6 +252,8 @@ def check(p: Preset) -> None:
 
 def _check_method(p: Preset) -> None:
     times, last = p.student_timesteps, TRAIN_TIMESTEPS - 1
+    if p.features and p.method != "add":
+        raise UserError(f"features is {p.features!r}, but method {p.method!r} has no critic on features: features=''")
     if p.method == "advkd" and p.architecture == "unet":
         raise UserError(
             "architecture is 'unet', but Adv-KD trains submodules: architecture='submodules', or another method"

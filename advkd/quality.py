@@ -1,7 +1,9 @@
 """How good is a model: every question under one protocol, over seeds that nothing was chosen by."""
 
+import json
 import statistics
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,6 +22,8 @@ from advkd.evaluation import (
     teacher_row,
 )
 from advkd.extractor import load_extractor, random_extractor
+from advkd.figures import study_hash
+from advkd.files import write_json
 from advkd.glyphs import ground_octant
 from advkd.presets import ASSETS, Preset, UserError, load_preset
 from advkd.run import load_run, read_run, train_side_by_side
@@ -54,6 +58,7 @@ SHOWN = {
     "pull_to_train": "nearer to train",
     "near_copies": "near-copies",
 }
+ABOUT = {"train_seconds": "seconds", "cpu_seconds": "cpu_seconds", "threads": "threads", "device": "device"}  # of a run
 NEIGHBOURS_ASKED = 2000  # images whose nearest real image is looked for, pixel by pixel
 
 
@@ -134,6 +139,24 @@ def summarise(measured: list[dict]) -> dict:
     return row
 
 
+def means(rows: Iterable[dict], keys: tuple[str, ...]) -> list[dict]:
+    """One row for all rows with the same `keys`: `seeds`, how many there are, and mean and standard deviation of every field
+    that is a number in all of them. Failed trainings are left out."""
+    found = {}
+    for row in rows:
+        if "error" not in row:
+            found.setdefault(tuple(row.get(key) for key in keys), []).append(row)
+    return [
+        dict(zip(keys, at, strict=True)) | {"seeds": len(alike)} | summarise([_numbers(alike, keys, r) for r in alike])
+        for at, alike in found.items()
+    ]
+
+
+def _numbers(rows: list[dict], keys: tuple[str, ...], row: dict) -> dict:
+    fields = [field for field in row if field not in (*keys, "seed")]
+    return {field: row[field] for field in fields if all(isinstance(r.get(field), int | float) for r in rows)}
+
+
 def teacher_images(teacher: Teacher, preset: Preset, sampler: str, steps: int, seed: int, count: int) -> Tensor:
     """The teacher's images `(count, c, h, w)` in [-1, 1], kept below `runs/` and resumable as trajectories are."""
     p = preset.replace(
@@ -158,7 +181,7 @@ def teacher_quality(judge: Judge, preset: Preset, sampler: str, steps: int, coun
 
 def student_quality(judge: Judge, presets: Iterable[Preset], workers: int = 1, count: int = IMAGES) -> dict:
     """The quality row of a recipe, over training seeds (the presets) and sampling seeds; trains what is missing."""
-    measured, seconds = [], []  # of a training seed each
+    measured, seconds, asked = [], [], quality_protocol(judge, count)  # of a training seed each
     presets = sorted(presets, key=lambda p: p.seed)
     folders = {preset: (folder, error) for preset, folder, error in train_side_by_side(presets, workers)}
     for preset in presets:
@@ -166,12 +189,24 @@ def student_quality(judge: Judge, presets: Iterable[Preset], workers: int = 1, c
         if error:
             raise UserError(f"training {folder} failed: {error}")
         pipeline = load_run(folder)
-        of_seeds = summarise([judge.measure(sample_student(pipeline, count, seed)) for seed in SAMPLING_SEEDS])
+        scores = [score(judge, folder, f"quality-{seed}.json", asked, seed) for seed in SAMPLING_SEEDS]
+        of_seeds = summarise([{field: x for field, x in found.items() if field not in ABOUT} for found in scores])
         measured.append({field: value for field, value in of_seeds.items() if not field.endswith("_sd")})
         seconds.append(read_run(folder)["seconds"])
     row = student_row(pipeline, preset.recipe) | {"preset_hash": presets[0].config_hash}
     row |= {"seeds": len(seconds), "images": count, "train_seconds": statistics.mean(seconds)}
     return row | summarise(measured) | {"ms_per_image": student_latency_ms(pipeline)}
+
+
+def score(judge: Judge, folder: Path, name: str, asked: dict, seed: int, steps: int = 1) -> dict:
+    """What the judge says of a run's samples of `seed`, kept beside it as `name`; `asked` is the study's protocol."""
+    path, study, made = folder / name, study_hash(asked), read_run(folder)
+    if path.exists() and (kept := json.loads(path.read_text())).get("study") == study:
+        return kept["measured"]
+    measured = {name: made[field] for name, field in ABOUT.items() if field in made}
+    measured |= judge.measure(sample_student(load_run(folder), asked["images"], seed, progress=False, steps=steps))
+    write_json(path, {"study": study, "measured": measured})
+    return measured
 
 
 def judge_protocol(judge: Judge, count: int, sampling_seeds: list[int]) -> dict:
@@ -216,3 +251,46 @@ def quality_place(row: dict) -> tuple[int, str, int]:
     """The place of a row of `quality` in its table: students, teacher by sampler and steps, real images."""
     models = [("student", "improved"), ("student", "paper"), ("teacher", None), ("real", None)]
     return models.index((row["model"], row["recipe"])), row["sampler"], row["steps"]
+
+
+def targets(rows: list[dict], data: str) -> list[dict]:
+    """What was asked of the improved student before it was measured, beside what was measured: the rows of a table.
+
+    `rows` are those of the quality table. Distances are ratios to those of the teacher: with 50 DDIM steps, or with the most
+    ancestral steps that there are.
+    """
+    of = {(row["model"], row["recipe"], row["sampler"]): row for row in sorted(rows, key=lambda row: row["steps"])}
+    student, ddim = of["student", "improved", "one-step"], of["teacher", None, "ddim"]  # 50 steps: the most of DDIM
+
+    def ratio(what: str, field: str, teacher: dict, sign: str, bound: float) -> tuple[str, float, str, float]:
+        name = f"{teacher['sampler'].upper()}-{teacher['steps']}"
+        return f"{what}, to {name}'s", student[field] / teacher[field], sign, bound
+
+    if data == "glyphs":
+        asked = [
+            ratio("FD, held out", "fd_heldout", ddim, "<=", 1.0),
+            ratio("unseen space, held out", "fd_unseen_heldout", ddim, "<=", 1.0),
+            ("rarest letter, of its share", student["rarest_letter"], ">=", 1 / 3),
+            ("rarest font, of its share", student["rarest_font"], ">=", 1 / 3),
+        ]
+    else:
+        ddpm = of["teacher", None, "ddpm"]
+        asked = [
+            ratio("FD, train", "fd_train", ddim, "<=", 0.7),
+            ratio("FD, train", "fd_train", ddpm, "<=", 1.0),
+            ratio("FD, held out", "fd_heldout", ddpm, "<=", 1.0),
+            ratio("unseen space, train", "fd_unseen", ddpm, "<=", 1.0),
+            ratio("unseen space, held out", "fd_unseen_heldout", ddpm, "<=", 1.15),
+            ratio("recall", "recall", ddim, ">=", 0.9),
+            ("nearer to train, less DDIM-50's", student["pull_to_train"] - ddim["pull_to_train"], "<=", 0.05),
+            ratio("parameters", "parameters", ddim, "<=", 0.25),
+        ]
+    return [
+        {
+            "target": what,
+            "measured": value,
+            "asked": f"{sign} {bound:.3g}",
+            "holds": "yes" if (value <= bound if sign == "<=" else value >= bound) else "no",
+        }
+        for what, value, sign, bound in asked
+    ]

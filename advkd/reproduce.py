@@ -14,14 +14,18 @@ from papermill.exceptions import PapermillExecutionError
 from advkd import files
 from advkd.presets import ASSETS, UserError, load_preset
 
-NOTEBOOKS = ("01_teacher", "02_submodules", "03_train", "04_evaluate")
+NOTEBOOKS = ("01_teacher", "02_submodules", "03_train", "04_evaluate", "05_ablations")
+STUDIES = {
+    "05_ablations": ("quality", "ablations")
+}  # committed tables that a notebook reads; without them it is left out
 
 
 def reproduce(preset: str, parameters: dict[str, str], force: bool = False) -> int:
     """Execute the notebooks for `preset` into runs/<preset>/, print a summary, return the exit status.
 
     `parameters` go to every notebook that declares them. A notebook is up to date when its cells, its parameters, the
-    package, the notebooks before it and the files that it wrote are what they were. Raises UserError for a
+    package, the notebooks before it, the studies that it reads and the files that it wrote are what they were. A notebook whose
+    studies the preset does not have is left out. Raises UserError for a
     parameter that no notebook has.
     """
     if "preset" in parameters:
@@ -38,7 +42,11 @@ def reproduce(preset: str, parameters: dict[str, str], force: bool = False) -> i
     for name in NOTEBOOKS:
         given = {"preset": preset} | {k: _typed(v) for k, v in parameters.items() if k in declared[name]}
         source = root / "notebooks" / f"{name}.ipynb"
-        upstream = _hash(upstream, _cells(source), json.dumps(given, sort_keys=True))
+        studies = [root / "figures" / preset / f"{table}.json" for table in STUDIES.get(name, ())]
+        if missing := [path for path in studies if not path.exists()]:
+            rows.append((name, 0.0, f"left out: no {missing[0].relative_to(root)}", []))
+            continue
+        upstream = _hash(upstream, _cells(source), json.dumps(given, sort_keys=True), *map(files.sha256, studies))
         if not force and _is_up_to_date(root, state.get(name), upstream):
             rows.append((name, 0.0, "up to date", sorted(state[name]["wrote"])))
             continue
@@ -103,7 +111,7 @@ def _summary(preset: str, rows: list[tuple[str, float, str, list[str]]]) -> None
     for name, seconds, result, wrote in rows:
         names = ", ".join(Path(path).name for path in wrote) or "-"
         click.echo(f"{name:<16}{seconds:>8.0f}  {result:<12}{names}")
-    if all(result == "up to date" for _, _, result, _ in rows):
+    if not any(result in ("done", "failed") for _, _, result, _ in rows):
         click.echo(f"everything in figures/{preset}/ is up to date")
 
 

@@ -19,7 +19,7 @@ from advkd.data import load_images
 from advkd.denoiser import Denoiser
 from advkd.devices import pick_device, processes
 from advkd.discriminator import make_discriminator
-from advkd.features import TeacherFeatures, make_heads
+from advkd.features import DinoFeatures, TeacherFeatures, make_heads
 from advkd.files import (
     CHECKPOINT_EVERY,
     differences,
@@ -34,7 +34,7 @@ from advkd.pipeline import FewStepPipeline, StudentPipeline
 from advkd.presets import Preset, UserError, config_hash
 from advkd.presets import asdict as preset_fields
 from advkd.student import Student
-from advkd.teacher import load_teacher
+from advkd.teacher import Teacher, load_teacher
 from advkd.train_add import train_add
 from advkd.train_advkd import train_advkd
 from advkd.train_consistency import train_consistency
@@ -44,6 +44,7 @@ from advkd.train_regression import train_regression
 from advkd.training import Plan, TrainRecord
 from advkd.trajectories import TrajectoryStore, generate_trajectories, trajectory_dir
 
+CLOCKS = {"seconds": time.perf_counter, "cpu_seconds": time.process_time}
 CHECKPOINT, CURVES, PIPELINE, RUN = "checkpoint.safetensors", "curves.csv", "student", "run.json"
 
 
@@ -66,11 +67,14 @@ def train_run(
     """Train the preset's student in `folder`; yields all its records, those of an earlier, interrupted call first.
 
     The folder then holds `student/` (a StudentPipeline), `curves.csv`, TensorBoard events in `logs/`, the checkpoint and
-    `run.json`: preset, configuration of the trajectories, device, threads, processes, wall-clock seconds. A finished run is only read. Raises UserError when
+    `run.json`: preset, configuration of the trajectories, device, threads, processes, seconds by the clock and of the CPU. A finished run is only read. Raises UserError when
     the folder holds another run or, without `resume`, when it holds any.
     """
     folder = Path(folder)
     this = {"preset": preset_fields(preset), "trajectories": trajectories.config}
+    dino = DinoFeatures.from_pretrained(preset.features) if preset.features else None
+    if dino:
+        this["features"] = {"weights": dino.fingerprint}
     if identity := getattr(images, "identity", None):  # of a folder, whose files may change
         this["images"] = {"decoded": identity}
     _check_folder(folder, this, resume)
@@ -81,27 +85,27 @@ def train_run(
     if (folder / CHECKPOINT).exists():
         earlier = read_curves(folder)[: read_checkpoint_state(folder / CHECKPOINT)["step"]]
         yield from earlier
-    spent = (read_run(folder) or {}).get("seconds", 0.0) if earlier else 0.0
+    spent = (read_run(folder) or {}) if earlier else {}
     rank, count = processes()
     about = this | {"device": str(pick_device(device)), "threads": torch.get_num_threads()}
     about |= {"processes": count} if count > 1 else {}
     if rank == 0:
-        write_json(folder / RUN, about | {"seconds": spent})
+        write_json(folder / RUN, about | {clock: spent.get(clock, 0.0) for clock in CLOCKS})
     records = list(earlier)
     options = {"images": images, "checkpoint": folder / CHECKPOINT, "resume": resume, "device": device}
-    pipeline, steps = _begin(preset, trajectories, options)
+    pipeline, steps = _begin(preset, trajectories, options, dino)
     if rank:  # the first process keeps the folder
         yield from steps
         return
     total = Plan(preset, len(trajectories)).steps
     bar = tqdm(total=total, initial=len(earlier), desc=f"train {preset.recipe}", unit="step", disable=quiet(progress))
-    start = time.perf_counter() - spent
+    start = {clock: now() - spent.get(clock, 0.0) for clock, now in CLOCKS.items()}
     with bar, SummaryWriter(folder / "logs", purge_step=len(earlier)) as board:
         for record in steps:
             records.append(record)
             if record.step % CHECKPOINT_EVERY == 0 or record.step == total:
                 write_csv(folder / CURVES, records)
-                write_json(folder / RUN, about | {"seconds": time.perf_counter() - start})
+                write_json(folder / RUN, about | {clock: now() - start[clock] for clock, now in CLOCKS.items()})
             if record.step % 20 == 0:
                 _log(board, record)
                 bar.set_postfix(
@@ -112,8 +116,15 @@ def train_run(
     pipeline.save_pretrained(folder / PIPELINE)
 
 
+def new_pipeline(preset: Preset, teacher: Teacher) -> StudentPipeline | FewStepPipeline:
+    """The preset's student before its training, in its pipeline."""
+    if preset.architecture == "unet":
+        return FewStepPipeline(Denoiser.from_teacher(teacher, preset))
+    return StudentPipeline(Student.from_preset(preset))
+
+
 def _begin(
-    preset: Preset, trajectories: TrajectoryStore, options: dict
+    preset: Preset, trajectories: TrajectoryStore, options: dict, dino: DinoFeatures | None = None
 ) -> tuple[StudentPipeline | FewStepPipeline, Iterator[TrainRecord]]:
     """The preset's new student in its pipeline, and its method's training of it."""
     given = trajectories, preset
@@ -124,12 +135,8 @@ def _begin(
     if teacher.fingerprint != trajectories.config["teacher_fingerprint"]:
         raise UserError(f"the teacher at {teacher.source} is not the one that made {trajectories.folder}")
     expert = partial(Denoiser.from_teacher, teacher, preset.replace(start="teacher"))  # each a copy of its own
-    if preset.architecture == "unet":
-        student = Denoiser.from_teacher(teacher, preset)
-        pipeline = FewStepPipeline(student)
-    else:
-        student = Student.from_preset(preset)
-        pipeline = StudentPipeline(student)
+    pipeline = new_pipeline(preset, teacher)
+    student = pipeline.student
     if preset.method == "regression":
         return pipeline, train_regression(student, *given, **options)
     if preset.method == "progressive":
@@ -138,7 +145,8 @@ def _begin(
         return pipeline, train_consistency(student, *given, teacher=expert(), **options)
     if preset.method == "dmd":
         return pipeline, train_dmd(student, *given, teacher=expert(), fake=expert(), **options)
-    features = TeacherFeatures(frozen := expert(), *preset.feature_noise)
+    frozen = expert()
+    features = dino or TeacherFeatures(frozen, *preset.feature_noise)
     critic = {"features": features, "heads": make_heads(features, preset.seed)}
     return pipeline, train_add(student, *given, teacher=frozen, **critic, **options)
 

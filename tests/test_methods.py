@@ -8,7 +8,7 @@ from torch import nn
 from advkd import losses, run, training
 from advkd.data import load_images, seeded_noise
 from advkd.denoiser import GAIN, Denoiser
-from advkd.features import BatchNormLocal, Head, Heads, TeacherFeatures, make_heads
+from advkd.features import BatchNormLocal, DinoFeatures, Head, Heads, TeacherFeatures, augmented, make_heads
 from advkd.pipeline import FewStepPipeline
 from advkd.presets import UserError, load_preset
 from advkd.run import CHECKPOINT, finish, load_run, read_run, train_run
@@ -211,6 +211,98 @@ def test_features_are_the_teachers_at_the_noise_level_that_is_drawn(denoiser, im
 
 
 # Targets
+
+
+@pytest.fixture(scope="module")
+def dino_folder(tmp_path_factory):
+    """A tiny DINOv2 with random weights, for one's own weights are not shipped."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    config = Dinov2Config(hidden_size=12, num_hidden_layers=4, num_attention_heads=2, image_size=224, patch_size=56)
+    folder = tmp_path_factory.mktemp("dino")
+    Dinov2Model(config).save_pretrained(folder)
+    return folder
+
+
+def test_dino_features_are_its_hidden_states_with_the_class_token(dino_folder):
+    features = DinoFeatures.from_pretrained(str(dino_folder))
+    images = torch.rand(2, 1, 16, 16).requires_grad_()
+    z = torch.zeros(2, 8)
+    z[:, 5:7] = 9  # what is cut out lies in a corner
+    seen, condition = features(images, torch.randn(2, 1, 16, 16), z)
+    assert condition.shape == (2, 0) and [x.shape for x in seen] == [(2, 12, 16)] * 5
+    rgb = nn.functional.interpolate((augmented(images, z) + 1) / 2, 224, mode="bicubic", antialias=True).expand(
+        -1, 3, -1, -1
+    )
+    mean, sd = (torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    states = features.model((rgb - mean) / sd, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(seen[2], (states[2][:, 1:] + states[2][:, :1]).transpose(1, 2))
+    sum(x.sum() for x in seen).backward()
+    assert images.grad.abs().sum() > 0 and all(p.grad is None for p in features.model.parameters())
+    logits = make_heads(features, seed=0)(seen, condition)
+    assert [x.shape for x in logits] == [(2, 16)] * 5
+
+
+def test_augmentation_by_hand():
+    image = torch.linspace(-1, 1, 64).view(1, 1, 8, 8).expand(1, 3, 8, 8) * torch.tensor([1.0, 0.5, 0.2]).view(
+        1, 3, 1, 1
+    )
+    middle = torch.zeros(1, 8)
+    far = middle.clone()
+    far[:, 5:7] = 9
+    plain = augmented(image, far)
+    torch.testing.assert_close(plain[..., :6, :6], image[..., :6, :6])
+    assert (plain[..., 6:, 6:] == 0).all(), "the square that is cut out overlaps the corner"
+    assert (augmented(image, middle)[..., 2:6, 2:6] == 0).all()
+    moved = far.clone()
+    moved[:, 3] = 9  # a row from further down
+    torch.testing.assert_close(augmented(image, moved)[..., :5, :5], image[..., 1:6, :5])
+    bright, grey, flat = far.clone(), far.clone(), far.clone()
+    bright[:, 0], grey[:, 1], flat[:, 2] = 9, -9, -9
+    torch.testing.assert_close(augmented(image, bright)[..., :5, :5], image[..., :5, :5] + 0.5)
+    assert augmented(image, grey)[..., :5, :5].std(1).max() < 1e-6
+    around = image - image.mean()
+    torch.testing.assert_close(augmented(image, flat)[..., :5, :5], (image.mean() + around / 2)[..., :5, :5])
+
+
+def test_add_trains_on_dino_features(tmp_path, method, dino_folder, store, images):
+    preset = method("add", features=str(dino_folder))
+    last = finish(train_run(preset, store, tmp_path / "run", images=images, device="cpu"))
+    assert last.step == preset.steps and last.critic_loss > 0
+
+
+def test_another_network_is_no_dino(tmp_path):
+    from transformers import ViTConfig, ViTModel
+
+    small = dict(hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, patch_size=56)
+    ViTModel(ViTConfig(**small)).save_pretrained(tmp_path / "vit")
+    with pytest.raises(UserError, match="another network than a DINOv2"):
+        DinoFeatures.from_pretrained(str(tmp_path / "vit"))
+    (tmp_path / "vit" / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="no DINOv2 that can be read"):
+        DinoFeatures.from_pretrained(str(tmp_path / "vit"))
+
+
+def test_other_weights_of_dino_are_another_run(tmp_path, method, dino_folder, store, images):
+    from transformers import Dinov2Model
+
+    folder = tmp_path / "dino"
+    model = Dinov2Model.from_pretrained(dino_folder)
+    model.save_pretrained(folder)
+    preset = method("add", features=str(folder), steps=1)
+    finish(train_run(preset, store, tmp_path / "run", images=images, device="cpu"))
+    with torch.no_grad():
+        model.layernorm.weight.mul_(2)
+    model.save_pretrained(folder)
+    with pytest.raises(UserError, match="belongs to another preset"):
+        finish(train_run(preset, store, tmp_path / "run", images=images, device="cpu"))
+
+
+@pytest.mark.parametrize("source", ["no/such/folder/at-all", ""])
+def test_features_that_cannot_be_read_are_named(tmp_path, source):
+    with pytest.raises(UserError, match="are no DINOv2 that can be read"):
+        DinoFeatures.from_pretrained(source or str(tmp_path))
 
 
 def test_one_step_to_the_target_is_two_steps_of_the_teacher(denoiser, images):

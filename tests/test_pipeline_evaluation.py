@@ -394,3 +394,70 @@ def test_strips_and_curves_have_a_panel_each():
     assert student == [[4, 2], [8, 4], [12, 6], [16, 8]]
     assert penalty == [[8, 1], [16, 1]]
     plt.close("all")
+
+
+def test_a_panel_of_settings_has_every_seed_its_mean_and_its_deviation():
+    rows = [{"group": "g", "setting": name, "fd": fd} for name, fd in zip("aabb", (1.0, 3.0, 10.0, 30.0), strict=True)]
+    rows += [{"group": "h", "setting": "a", "fd": 2.0}, {"group": "h", "setting": "c", "error": "not finite"}]
+    figure = figures.plot_settings(rows, ["g", "h"], "fd", "distance", {"floor": 0.5})
+    panels = {ax.get_title(): ax for ax in figure.axes}
+    assert list(panels) == ["g", "h"] and panels["g"].get_xlabel() == "distance"
+    dots = [xy for dots in panels["g"].collections for xy in dots.get_offsets().tolist()]
+    assert dots == [[1, 0], [3, 0], [10, 1], [30, 1]]
+    lines = [
+        line.get_xdata().tolist() if hasattr(line.get_xdata(), "tolist") else line.get_xdata()
+        for line in panels["g"].lines
+    ]
+    assert [0.5, 0.5] in lines and [2.0, 20.0] in lines  # the line through all panels; the means
+    spread = np.std([1, 3], ddof=1)
+    assert any(np.allclose(line, [2 - spread, 2 + spread]) for line in lines if len(line) == 2)
+    (cross,) = (line for line in panels["h"].lines if line.get_marker() == "x")
+    assert list(cross.get_ydata()) == ["c"]
+    plt.close("all")
+
+
+def test_points_of_a_plane_carry_names_and_deviations():
+    rows = [{"recipe": "improved", "name": "ours", "fd": 1.0, "fd_sd": 0.1, "ms": 2.0}]
+    rows += [{"recipe": None, "fd": 3.0, "ms": 4.0, "marker": "s"}]
+    ax = figures.plot_against(rows, "ms", "fd", ("ms per image", "distance"))
+    assert [text.get_text() for text in ax.texts] == ["ours"]
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_xscale(), ax.get_yscale()) == (
+        "ms per image",
+        "distance",
+        "log",
+        "log",
+    )
+    points = [bars[0].get_xydata().tolist() for bars in ax.containers]
+    assert points == [[[2, 1]], [[4, 3]]]
+    plt.close("all")
+
+
+def test_a_methods_steps_are_joined_and_named():
+    rows = [{"method": "ADD", "steps": n, "ms": 10 * n, "fd": 4 / n, "fd_sd": 0.1} for n in (4, 1, 2)]
+    rows.append({"method": "DMD", "steps": 1, "ms": 10, "fd": 3.0})
+    figure = figures.plot_methods(rows, "ms", "fd", ("ms", "distance"), {"floor": 1.0})
+    (ax,) = figure.axes
+    assert [text.get_text() for text in ax.texts] == ["1", "2", "4"], "a method of one step needs no number"
+    assert ax.containers[0][0].get_xydata().tolist() == [[10, 4], [20, 2], [40, 1]]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["floor", "ADD", "DMD"]
+    plt.close("all")
+
+
+def test_preferences_show_strengths_and_win_rates_with_their_intervals():
+    ranking = [{"method": m, "strength": s, "low": s - 0.2, "high": s + 0.3} for m, s in (("ADD", 0.5), ("DMD", -0.5))]
+    rates = [{"method": "ADD", "against": "DMD", "rate": 0.75, "low": 0.6, "high": 0.85}]
+    left, right = figures.plot_preferences(ranking, rates).axes
+    assert [label.get_text() for label in left.get_yticklabels()] == ["ADD", "DMD"]
+    assert [label.get_text() for label in right.get_yticklabels()] == ["ADD over DMD"]
+    (bar,) = right.containers[0][2][0].get_segments()
+    assert bar[:, 0].tolist() == pytest.approx([0.6, 0.85])
+    plt.close("all")
+
+
+def test_shares_of_classes_stand_beside_the_real_ones():
+    rows = [{"recipe": "improved", "name": "ours", "shares_digit": [0.5, 0.5]}]
+    figure = figures.plot_shares(rows, "digit", [0.25, 0.75])
+    (ax,) = figure.axes
+    assert [bar.get_height() for bar in ax.patches] == [0.25, 0.75]
+    assert list(ax.lines[0].get_ydata()) == [0.5, 0.5] and ax.get_xlabel() == "digit"
+    plt.close("all")

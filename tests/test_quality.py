@@ -19,10 +19,12 @@ from advkd.quality import (
     SAMPLING_SEEDS,
     TRAINING_SEEDS,
     Judge,
+    means,
     quality_place,
     quality_protocol,
     student_quality,
     summarise,
+    targets,
     teacher_quality,
 )
 from advkd.run import PIPELINE, load_run, train_side_by_side
@@ -263,3 +265,41 @@ def test_students_side_by_side_are_those_trained_alone(improved):
     ((_, again, _),) = train_side_by_side(presets[:1])
     for a, b in zip(load_run(again).student.parameters(), beside[0].parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_targets_compare_with_the_right_teacher_and_keep_what_does_not_hold():
+    values = {"fd_train": 1.0, "fd_heldout": 2.0, "fd_unseen": 4.0, "fd_unseen_heldout": 8.0, "recall": 0.8}
+    values |= {"pull_to_train": 0.5, "parameters": 100, "rarest_letter": 0.3, "rarest_font": 0.5}
+
+    def row(model: str, recipe: str | None, sampler: str, steps: int, times: float) -> dict:
+        scaled = {field: value * times for field, value in values.items()}
+        return {"model": model, "recipe": recipe, "sampler": sampler, "steps": steps} | scaled
+
+    rows = [
+        row("student", "improved", "one-step", 1, 1),
+        row("student", "paper", "one-step", 1, 9),
+        row("teacher", None, "ddim", 50, 2),
+        row("teacher", None, "ddim", 1, 7),
+        row("teacher", None, "ddpm", 1000, 0.9),
+        row("teacher", None, "ddpm", 100, 5),
+    ]
+    digits = {t["target"]: (t["measured"], t["asked"], t["holds"]) for t in targets(rows, "digits")}
+    assert digits["FD, train, to DDIM-50's"] == (0.5, "<= 0.7", "yes")
+    assert digits["FD, train, to DDPM-1000's"] == (pytest.approx(1 / 0.9), "<= 1", "no")
+    assert digits["unseen space, held out, to DDPM-1000's"] == (pytest.approx(1 / 0.9), "<= 1.15", "yes")
+    assert digits["recall, to DDIM-50's"] == (0.5, ">= 0.9", "no")
+    assert digits["nearer to train, less DDIM-50's"] == (-0.5, "<= 0.05", "yes")
+    glyphs = {t["target"]: (t["measured"], t["holds"]) for t in targets(rows, "glyphs")}
+    assert glyphs["FD, held out, to DDIM-50's"] == (0.5, "yes")
+    assert glyphs["rarest letter, of its share"] == (0.3, "no") and glyphs["rarest font, of its share"] == (0.5, "yes")
+
+
+def test_settings_are_summed_up_over_their_seeds_and_failures_left_out():
+    fields = ablations.SHOWN[ablations.SHOWN.index("parameters") :]
+    rows = [{"group": "g", "setting": "a", "seed": n} | dict.fromkeys(fields, float(n)) for n in (1, 3)]
+    rows += [{"group": "g", "setting": "a", "seed": 4, "error": "not finite"}]
+    rows += [{"group": "h", "setting": "a", "seed": 1} | dict.fromkeys(fields, 7.0)]
+    first, second = means(rows, ("group", "setting"))
+    assert (first["group"], first["setting"], first["seeds"]) == ("g", "a", 2)
+    assert first["recall"] == 2 and first["recall_sd"] == pytest.approx(2**0.5)
+    assert second["group"] == "h" and second["recall_sd"] is None

@@ -41,6 +41,19 @@ def test_runs_in_order_then_skips_then_notices_a_changed_figure(project, capsys)
     assert (project / "figures/digits/a.txt").read_text() == "7"
 
 
+def test_a_notebook_reads_its_studies_or_is_left_out(project, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce, "STUDIES", {"b": ("quality",)})
+    assert reproduce.reproduce("digits", {}) == 0
+    assert "left out: no figures/digits/quality.json" in capsys.readouterr().out
+    for rows in ("[1]", "[1, 2]"):  # a changed study is read again
+        (project / "figures/digits/quality.json").write_text(rows)
+        assert reproduce.reproduce("digits", {}) == 0
+        out = capsys.readouterr().out
+        assert "left out" not in out and out.count("done") == 1
+    assert reproduce.reproduce("digits", {}) == 0
+    assert "done" not in capsys.readouterr().out
+
+
 def test_a_failing_cell_is_named_and_earlier_work_is_kept(project, capsys):
     assert reproduce.reproduce("digits", {"number": "11"}) == 1
     captured = capsys.readouterr()

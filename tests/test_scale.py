@@ -25,7 +25,7 @@ from advkd import presets, run, train_advkd, training, trajectories
 from advkd.__main__ import cli
 from advkd.data import load_images
 from advkd.files import sha256
-from advkd.presets import UserError
+from advkd.presets import UserError, load_preset
 from advkd.run import finish, load_run, train_run
 from advkd.student import Student
 from advkd.teacher import untrained_unet
@@ -140,10 +140,13 @@ def train(preset, store, images, folder):
     finish(train_run(preset, TrajectoryStore(store), folder, images=images, device="cpu", progress=False))
 
 
-def test_two_processes_train_as_one_with_the_whole_batch(tmp_path, improved, paper, store):
+def test_two_processes_train_as_one_with_the_whole_batch(tmp_path, improved, paper, store, teacher_folder, tiny):
     images = load_images(improved, "train")[0][:32]
     softmax_and_features = improved.replace(adversarial="forward-kl", feature_weight=0.3, ema=0.0)
     trained = {"improved": improved, "softmax and features": softmax_and_features, "paper": paper}
+    for method in ("add", "regression", "progressive", "consistency", "dmd"):
+        fields = tiny | {"batch_sizes": (16,), "student_grid": 4 if method in ("progressive", "consistency") else 0}
+        trained[method] = load_preset("digits", method, teacher=str(teacher_folder), **fields)
     for name, preset in trained.items():
         train(preset, store.folder, images, tmp_path / name / "of-1")
     with socket.socket() as free:
@@ -156,7 +159,7 @@ def test_two_processes_train_as_one_with_the_whole_batch(tmp_path, improved, pap
         assert len(one) == len(two) == (18 if name == "paper" else 6)
         # Rounding grows with the steps: a norm by four images makes the paper's critic chaotic.
         pd.testing.assert_frame_equal(one[:6], two[:6], rtol=1e-3, atol=1e-5)
-        if name != "paper":
+        if name in ("improved", "softmax and features"):
             files = [next((tmp_path / name / f"of-{count}").rglob("student/student/*.safetensors")) for count in (1, 2)]
             first, (one, two) = Student.from_preset(trained[name]).state_dict(), map(load_file, files)
             # A bias before a normalisation has no gradient but rounding, which Adam makes a step of.

@@ -1,0 +1,235 @@
+"""Adv-KD beside other methods under one protocol: one-step and few-step students of one teacher, at equal compute."""
+
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from advkd.benchmark import memory_mb
+from advkd.data import to_uint8
+from advkd.evaluation import sample_student, student_latency_ms, student_row, teacher_row
+from advkd.figures import figures_folder
+from advkd.files import locked, write_atomic
+from advkd.presets import Preset, UserError, load_preset
+from advkd.quality import IMAGES, SAMPLING_SEEDS, TRAINING_SEEDS, Judge, judge_protocol, score, teacher_images
+from advkd.run import load_run, new_pipeline, train_side_by_side
+from advkd.teacher import load_teacher
+
+# What is compared: the recipe, the fields that differ from it, and the numbers of steps that the student is sampled in.
+# The submodules have the improved recipe's learning rate, and need a warm-up where others inherit weights.
+_OURS = {"architecture": "submodules", "student_timesteps": (999,)}
+CONTESTANTS = {
+    "Adv-KD": ("improved", {}, (1,)),
+    "ADD": ("add", {}, (1, 2, 4)),
+    "ADD, adversarial alone": ("add", {"distillation_weight": 0.0}, (1, 4)),
+    "ADD, distillation alone": ("add", {"adversarial_weight": 0.0}, (1, 4)),
+    "ADD, random start": ("add", {"start": "random"}, (1, 4)),
+    "ADD, submodules": ("add", _OURS, (1,)),
+    "regression": ("regression", {}, (1,)),
+    "regression, submodules": ("regression", _OURS, (1,)),
+    "progressive distillation": ("progressive", {}, (1,)),
+    "consistency distillation": ("consistency", {}, (1, 2, 4)),
+    "DMD": ("dmd", {}, (1,)),
+}
+TEACHERS = {"teacher, DDIM": "ddim", "teacher, DPM-Solver++": "dpm-solver"}
+TEACHER_STEPS = (1, 2, 4, 8, 16, 50)
+BUDGETS = (1, 4)  # times the improved recipe's training
+# Steps that take as long as the improved recipe's training on one thread of the machine that the rows were made on; the
+# rows' `train_seconds` say how nearly.
+STEPS = {
+    "digits": {
+        "ADD": 820,
+        "ADD, adversarial alone": 930,
+        "ADD, distillation alone": 1730,
+        "ADD, random start": 820,
+        "ADD, submodules": 1190,
+        "regression": 2300,
+        "regression, submodules": 4700,
+        "progressive distillation": 1340,
+        "consistency distillation": 1480,
+        "DMD": 580,
+    },
+}
+WARM_UP = 0.25  # share of ADD's steps with our submodules, which inherit no weights
+SCORE = "head_to_head-{steps}.json"
+MEMORY_BATCH = 64
+KEPT = 36  # images of each row's first seed that are committed, for grids and for votes
+# What papers report of one step; parameters where they, or the paper of the network that they use, give them.
+PUBLISHED = [
+    dict(zip(("method", "data", "FID (paper)", "parameters (paper)", "source"), row, strict=True))
+    for row in (
+        ("pair regression", "CIFAR-10", "9.36", "35.7M", "Luhman and Luhman 2021 (arXiv 2101.02388); DDPM's U-Net"),
+        ("progressive distillation", "CIFAR-10", "9.12", "", "Salimans and Ho 2022 (arXiv 2202.00512)"),
+        ("consistency distillation", "CIFAR-10", "3.55", "", "Song et al. 2023 (arXiv 2303.01469), abstract"),
+        ("DMD", "ImageNet, 64 px", "2.62", "", "Yin et al. 2024 (arXiv 2311.18828), abstract"),
+        ("GDD", "CIFAR-10", "1.54", "", "Zheng and Yang 2024 (arXiv 2405.20750), abstract"),
+        ("ADD", "COCO, zero-shot, 512 px", "20.6", "", "Sauer et al. 2023 (arXiv 2311.17042), ablations"),
+        ("Adv-KD", "CelebA-HQ, 256 px", "142.54", "2.43M", "arXiv 2405.20675, table 1"),
+    )
+]
+SHOWN = {
+    "method": "method",
+    "budget": "budget",
+    "steps": "steps",
+    "seed": "seed",
+    "parameters": "parameters",
+    "train_seconds": "training, s",
+    "teacher_evaluations": "teacher's evaluations",
+    "ms_per_image": "ms per image",
+    "peak_memory_mb": "peak MB",
+    "fd_train": "FD, train",
+    "fd_heldout": "FD, held out",
+    "kid_train": "KID",
+    "precision": "precision",
+    "recall": "recall",
+    "pull_to_train": "nearer to train",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training to be: a method with `budget` times the compute of the improved recipe."""
+
+    method: str
+    budget: float
+    preset: Preset
+
+
+@cache
+def jobs(name: str) -> list[Job]:
+    """All trainings of the study for the preset `name`."""
+    if name not in STEPS:
+        raise UserError(f"there is no study for the preset {name!r}; presets: {', '.join(STEPS)}")
+    found = []
+    for method, (recipe, fields, _) in CONTESTANTS.items():
+        base = load_preset(name, recipe, **_fields(name, fields))
+        for budget in BUDGETS:
+            steps = round(budget * (base.steps if method == "Adv-KD" else STEPS[name][method]))
+            warm_up = round(WARM_UP * steps) if (base.method, base.architecture) == ("add", "submodules") else 0
+            sized = base.replace(steps=steps, warm_up_steps=warm_up)
+            found += [Job(method, budget, sized.replace(seed=seed)) for seed in TRAINING_SEEDS]
+    return found
+
+
+def _fields(name: str, fields: dict) -> dict:
+    """Our submodules keep what the improved recipe trains them with."""
+    if fields.get("architecture") != "submodules":
+        return fields
+    ours = load_preset(name)
+    return fields | {field: getattr(ours, field) for field in ("latent", "learning_rate", "betas")}
+
+
+def compare(judge: Judge, chosen: list[Job], workers: int = 1) -> Iterator[tuple[dict, Tensor | None]]:
+    """Train and measure what is missing of the jobs; yields a row for each of a student's numbers of steps as it is ready,
+    with, of the first seed, its first images `(KEPT, c, h, w)` in [-1, 1]; those of a failed training with its `error`.
+    What is finished is only read."""
+    wanted = {job.preset: job for job in chosen}
+    costs = {p.architecture: sampling_cost(p.name, p.architecture) for p in wanted}  # before anything else is busy
+    for preset, folder, error in train_side_by_side(list(wanted), workers):
+        method, budget = wanted[preset].method, wanted[preset].budget
+        about = {"method": method, "budget": budget, "seed": preset.seed, "preset_hash": preset.config_hash}
+        about["teacher_evaluations"] = teacher_evaluations(preset)
+        for steps in CONTESTANTS[method][2]:
+            row = student_row(new_pipeline(preset, judge.teacher), preset.recipe, steps) | about
+            if error:
+                yield row | {"error": error}, None
+                continue
+            asked = comparison_protocol(judge)
+            row |= score(judge, folder, SCORE.format(steps=steps), asked, SAMPLING_SEEDS[0], steps)
+            row |= _times(costs[preset.architecture], steps) | {"images": IMAGES}
+            first = preset.seed == TRAINING_SEEDS[0]
+            yield (
+                row,
+                sample_student(load_run(folder), KEPT, SAMPLING_SEEDS[0], progress=False, steps=steps)
+                if first
+                else None,
+            )
+
+
+def compare_teacher(judge: Judge, preset: Preset) -> Iterator[tuple[dict, Tensor | None]]:
+    """The rows of the teacher, of each sampler with each number of steps, and of each sampling seed; with the first seed's
+    first images. What is finished is only read."""
+    cost = sampling_cost(preset.name, "unet")
+    for method, sampler in TEACHERS.items():
+        for steps in TEACHER_STEPS:
+            for seed in SAMPLING_SEEDS:
+                images = teacher_images(judge.teacher, preset, sampler, steps, seed, IMAGES)
+                row = teacher_row(judge.teacher, sampler, steps) | {"method": method, "seed": seed, "images": IMAGES}
+                row |= judge.measure(images) | _times(cost, steps)
+                yield row, images[:KEPT] if seed == SAMPLING_SEEDS[0] else None
+
+
+def teacher_evaluations(preset: Preset) -> int:
+    """How often the teacher is asked for the trajectories that a training needs, before it begins."""
+    needed = preset.method in ("advkd", "regression") or preset.warm_up_steps or not preset.real_share
+    return preset.trajectories * preset.sampler_steps if needed else 0
+
+
+@cache
+def sampling_cost(name: str, architecture: str) -> dict:
+    """Time and memory of sampling, measured in a process of its own; neither depends on the weights."""
+    preset = load_preset(name, "improved" if architecture == "submodules" else "add")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_measure_cost, preset, torch.get_num_threads()).result()
+
+
+def _times(cost: dict, steps: int) -> dict:
+    return {"ms_per_image": cost["ms_per_step"] * steps, "peak_memory_mb": cost["peak_memory_mb"]}
+
+
+def _measure_cost(preset: Preset, threads: int) -> dict:
+    torch.set_num_threads(threads)
+    teacher, cpu = load_teacher(preset), torch.device("cpu")
+    before = memory_mb(cpu, restart=True)
+    pipeline = new_pipeline(preset, teacher)
+    sample_student(pipeline, MEMORY_BATCH, 0, progress=False)
+    peak = None if before is None else memory_mb(cpu) - before
+    return {"peak_memory_mb": peak, "ms_per_step": student_latency_ms(pipeline)}
+
+
+def keep_images(folder: Path | str, row: dict, images: Tensor) -> None:
+    """Put a row's images into `<folder>/head_to_head.safetensors`, with 8 bits; all start from the same noise."""
+    path = figures_folder(folder) / "head_to_head.safetensors"
+    with locked(path):
+        kept = load_file(path) if path.exists() else {}
+        write_atomic(path, lambda temporary: save_file(kept | {image_key(row): to_uint8(images)}, temporary))
+
+
+def image_key(row: dict) -> str:
+    """The name of a row's images."""
+    return f"{row['method']}, {row['steps']} steps" + (f", budget {row['budget']}" if row.get("budget") else "")
+
+
+def comparison_place(name: str, row: dict) -> tuple | None:
+    """The place of a row in the table of the preset `name`: by method, budget, steps and seed; None where no job of today
+    would make it."""
+    order = [*CONTESTANTS, *TEACHERS]
+    if row["method"] in TEACHERS:
+        wanted = row["steps"] in TEACHER_STEPS and row["seed"] in SAMPLING_SEEDS
+    else:
+        made = row["method"], row["budget"], row["seed"], row["preset_hash"]
+        wanted = made in _made(name) and row["steps"] in CONTESTANTS[row["method"]][2]
+    return (order.index(row["method"]), row.get("budget", 0), row["steps"], row["seed"]) if wanted else None
+
+
+@cache
+def _made(name: str) -> set[tuple]:
+    return {(job.method, job.budget, job.preset.seed, job.preset.config_hash) for job in jobs(name)}
+
+
+def comparison_protocol(judge: Judge) -> dict:
+    """What the numbers of the comparison depend on."""
+    return judge_protocol(judge, IMAGES, list(SAMPLING_SEEDS)) | {
+        "seed": "students: of the training, sampled with the first sampling seed; teacher: of the sampling",
+        "training_seeds": list(TRAINING_SEEDS),
+        "budget": "times the steps that take as long as the improved recipe's training on one thread; see `train_seconds`",
+        "train_seconds": "wall clock on the row's `threads`, beside another training; `cpu_seconds`: of all threads; no trajectories",
+        "teacher_evaluations": "before the training, for its trajectories: images x sampler steps",
+        "peak_memory_mb": f"a batch of {MEMORY_BATCH}: resident memory over that before the student was made",
+    }

@@ -1,0 +1,216 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 5. Quality and ablations
+#
+# **What you will learn:** whether one step really keeps up with the teacher, over seeds and in a feature space that nobody
+# tuned by; what it costs; and which change to the paper's recipe did it.
+#
+# **What you need:** nothing that is not in the repository: the rows of the full study are committed, and one of them is
+# trained again here.
+# **How long:** two minutes on two CPU cores; the full study takes hours (last section).
+
+# %% tags=["parameters"]
+preset: str = "digits"  # the experiment: digits or glyphs
+live_setting: str = "full"  # the setting of the group "latent" that is trained again, seed 0
+
+# %%
+import json
+from pathlib import Path
+
+from IPython.display import Markdown
+
+from advkd.ablations import ablate, jobs
+from advkd.evaluation import student_latency_ms, teacher_latency_ms
+from advkd.figures import markdown, plot_against, plot_settings, plot_shares, save_figure, save_table, start_notebook
+from advkd.pipeline import StudentPipeline
+from advkd.presets import load_preset
+from advkd.quality import FLOOR_IMAGES, SHOWN, Judge, means, targets
+from advkd.student import Student
+from advkd.teacher import load_teacher
+
+start_notebook()
+committed = {name: json.loads(Path(f"figures/{preset}/{name}.json").read_text()) for name in ("quality", "ablations")}
+models, rows = committed["quality"]["rows"], committed["ablations"]["rows"]
+DISTANCE = f"Frechet distance to the train split, {FLOOR_IMAGES} images"
+
+# %% [markdown]
+# ## Quality, over seeds
+#
+# Everything is measured on weights that nothing was chosen by: recipes were chosen by runs with the training seeds 0 to 2;
+# the rows below are students of the seeds 3 to 5, each the last weights of a fixed budget, sampled with three seeds that
+# were never used before. All models have the same number of images, since the Frechet distance falls as images are added;
+# of the digits only 600 real ones are held out, so one column has everybody at 600, and the plots below show that one.
+#
+# - **FD** to the train split and to held-out images, in the features of a classifier trained on the train split.
+# - **Unseen space**: the same distance in a random network, which no recipe was ever chosen by.
+# - **Recall, coverage**: how much of the real images the samples reach; **precision, density**: how real they look.
+# - **Nearer to train**: the share of samples nearer to a training image than to any of equally many held-out images (0.5 is
+#   neutral). **Near-copies**: the share nearer to a training image than 1 % of the held-out images are.
+
+# %% tags=["nbval-ignore-output"]
+Markdown(markdown(models, SHOWN))
+
+# %% [markdown]
+# ### What was asked, and what came out
+#
+# These bounds were set before anything was measured, and the recipe was fixed before these seeds and the unseen space were
+# looked at for the first time. So what does not hold stays in the table.
+
+# %% tags=["nbval-ignore-output"]
+verdicts = targets(models, preset)
+_ = save_table(verdicts, committed["quality"]["protocol"], f"figures/{preset}", "targets")
+Markdown(markdown(verdicts, {field: field for field in verdicts[0]}))
+
+# %% [markdown]
+# ### Does every class appear?
+#
+# By the verdict of the same classifier on samples and on real images, over all seeds.
+
+# %%
+(real,) = (row for row in models if row["model"] == "real")
+points = [row for row in models if row["model"] != "real"]
+for row in points:
+    row["name"] = f"{row['sampler'].upper()}-{row['steps']}" if row["model"] == "teacher" else f"{row['recipe']} recipe"
+factors = [field.removeprefix("shares_") for field in real if field.startswith("shares_")]
+compared = [row for row in points if row["model"] == "student" or row["steps"] in (50, 100)]
+for factor in factors:
+    figure = plot_shares(compared, factor, real[f"shares_{factor}"])
+    _ = save_figure(figure, f"figures/{preset}", f"shares_{factor}")
+
+# %% [markdown]
+# The share of the rarest class, over its share among training images:
+
+# %% tags=["nbval-ignore-output"]
+rarest = {"name": "model"} | {f"rarest_{factor}": f"rarest {factor}" for factor in factors}
+Markdown(markdown(compared, rarest))
+
+# %% [markdown]
+# ## Quality against cost
+#
+# The dotted line is the floor: held-out real images in the place of samples. Squares, as far as their rows are
+# there, are students of other sizes, with the smaller budget of the ablations. Time is measured here and now, one image at a time in float32; it does not depend on the
+# weights, so untrained students stand in for trained ones.
+
+
+# %%
+def latency(p):
+    return student_latency_ms(StudentPipeline(Student.from_preset(p)))
+
+
+step_ms = teacher_latency_ms(load_teacher(load_preset(preset)), 1)
+for row in points:
+    teacher_ms = step_ms * row["steps"]
+    row["ms"] = teacher_ms if row["model"] == "teacher" else latency(load_preset(preset, row["recipe"]))
+
+# %%
+settings = means(rows, ("group", "setting"))
+presets = {job.setting: job.preset for job in jobs(preset) if job.group == "size"}
+small = [row | {"recipe": "improved", "marker": "s"} for row in settings if row["group"] == "size"]
+for row in small:
+    row["ms"] = latency(presets[row["setting"]])
+
+# %%
+for field, heading in (("parameters", "parameters"), ("ms", "ms per image")):
+    ax = plot_against(points + small, field, "fd_train_subset", (heading, DISTANCE))
+    ax.axhline(real["fd_train_subset"], ls=":", color="0.3", lw=1)
+    _ = save_figure(ax.figure, f"figures/{preset}", f"pareto_{field}")
+
+# %% [markdown]
+# ## The waterfall: from the paper's recipe to ours
+#
+# One change at a time, in the order in which a reader would make them. In every row the critic is shown the same number of
+# the student's images, but in the first, which has ten times as many.
+
+# %%
+level = {"held-out real images": real["fd_train_subset"]}
+figure = plot_settings(rows, ["waterfall"], "fd_train_subset", DISTANCE, level)
+_ = save_figure(figure, f"figures/{preset}", "waterfall")
+
+# %% [markdown]
+# On the digits (the glyphs were not swept):
+#
+# - **Ten times as long, the paper's recipe** comes no nearer, and not one sample lies among real digits. In the random
+#   network's space it does gain (`fd_unseen` in the rows), and stays far behind all that follows.
+# - **A latent as in sampling, and R1 for the clipped penalty**, leave the distance where it was, by this measure; the random
+#   network sees a gain. **A critic without the latent** makes it worse.
+# - **Adam's (0, 0.99) and a learning rate of 1e-3** then take nine tenths of it: the step that matters most. What they do
+#   without the changes before them was not tried.
+# - **x0 targets** change nothing here, and **L1 on every head** makes it worse.
+# - **More pairs, from DDIM,** take more than half, and the seeds agree.
+# - **All stages at once** helps two seeds of three; with **residual blocks and light heads** all of them.
+# - **Fresh latents and real images** change nothing that the seeds can tell at this point.
+# - **The falling learning rate, the average and bfloat16** together: a factor of three. The average is not what does it at
+#   this budget (panel `ema` below).
+#
+# ## One change at a time
+#
+# Every panel changes one thing in our recipe, with as many images shown to the critic (1000 steps of 64, less than a third
+# of the recipe's budget). The dashed line is the recipe itself. Fewer submodules have fewer heads, hence fewer L1 terms; "reconstruction
+# alone" has no fresh latents, since they have nothing to reconstruct.
+
+# %%
+(base,) = (row for row in settings if (row["group"], row["setting"]) == ("losses", "both"))
+level |= {"our recipe at this budget": base["fd_train_subset"]}
+named = [row["group"] for row in settings if not row["group"].startswith(("waterfall", "trade-off"))]
+groups = [group for group in dict.fromkeys(named) if named.count(group) > 1]
+figure = plot_settings(rows, groups, "fd_train_subset", DISTANCE, level)
+_ = save_figure(figure, f"figures/{preset}", "ablations")
+
+# %% [markdown]
+# What was learned, again on the digits and at this budget:
+#
+# - **Submodules.** One is far too few, also with the parameters of eleven. With equal parameters five do as well as eleven and
+#   three nearly; without, five are a little behind. In the random network's space five and seven are ahead of eleven either way. So there
+#   have to be several, not one for each of the paper's times.
+# - **Trajectories.** A tenth of them does as well, beside fresh latents and real images; without those it was not tried.
+# - **The critic makes the images.** Alone it is not far from both losses together, while reconstruction alone (on pairs alone) is far
+#   off. L1 buys recall, and from three times our weight on it costs distance.
+# - **The latent.** The published 8-bit latent, which is trained on but not sampled with, fails: high recall, hardly a sample among
+#   real digits. Block means come nearer than the full noise, which has more recall and is better in the random network's space.
+# - **A conditional critic** doubles the distance and halves the recall, where it can be compared (pairs alone).
+# - **Staged training** costs a factor of five, **the clipped gradient penalty** more than ten, differently for every seed.
+# - **What did not help:** x0 in place of x_t, more trajectories, more than five submodules. And the recipe's average of 0.998 is
+#   *worse* here than a shorter one (0.99), and level with none: it was chosen for 3500 steps.
+#
+# ## Distance against recall and memorisation
+#
+# All settings of the study in one plane, each a small dot; circles have the recipe's whole budget. Single changes trade one
+# for the other (the weight of L1, block means for the full noise); over all settings a shorter distance neither costs nor
+# brings recall. None reaches the teacher's recall near its distance.
+
+# %%
+plane = [row | {"recipe": "improved", "marker": "."} for row in settings]
+whole = [row | {"marker": "o", "name": row["setting"]} for row in plane if row["group"].startswith("trade-off")]
+fields = ("recipe", "marker", "fd_train_subset", "recall", "pull_to_train")
+cloud = [{f: row[f] for f in fields} for row in plane if not row["group"].startswith("trade-off")]
+marks = whole + [row for row in points if row["model"] == "teacher" and row["steps"] in (50, 100, 1000)]
+for field, heading in (("recall", "recall"), ("pull_to_train", "share nearer to train than to held-out images")):
+    near = [row for row in cloud + marks if row["fd_train_subset"] < 20]
+    ax = plot_against(near, "fd_train_subset", field, (DISTANCE, heading), log="x")
+    _ = save_figure(ax.figure, f"figures/{preset}", f"trade_off_{field}")
+
+# %% [markdown]
+# ## One row again, now
+#
+# The rows above were committed by whoever ran the study. This trains one of them from scratch (or reads its run, where it
+# was trained before) and puts the committed row beside it. Adversarial training is chaotic: another processor rounds
+# differently and ends at another, equally good student, so the numbers agree in size and not in digits.
+
+# %% tags=["nbval-ignore-output"]
+(job,) = (job for job in jobs(preset) if (job.group, job.setting, job.preset.seed) == ("latent", live_setting, 0))
+(again,) = ablate(Judge(load_preset(preset)), [job])
+same = [row for row in rows if all(row[key] == again[key] for key in ("group", "setting", "seed"))]
+compared = [{"row": "committed"} | same[0], {"row": "now"} | again]
+fields = ["row", "group", "setting", "seed", "parameters", "train_seconds", "fd_train", "fd_heldout", "recall"]
+Markdown(markdown(compared, {field: field for field in fields}))
+
+# %%
+assert again["parameters"] == same[0]["parameters"] and again["preset_hash"] == same[0]["preset_hash"]
+assert same[0]["fd_train"] / 2 < again["fd_train"] < same[0]["fd_train"] * 2, "the committed row cannot be made again"

@@ -1,0 +1,186 @@
+"""The comparison of methods: every contestant trains, rows carry their protocol, a study is resumed."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from advkd import head_to_head
+from advkd.__main__ import cli
+from advkd.data import from_uint8, sample_generators, seeded_noise
+from advkd.evaluation import sample_student
+from advkd.figures import keep_row
+from advkd.head_to_head import (
+    BUDGETS,
+    CONTESTANTS,
+    KEPT,
+    SHOWN,
+    STEPS,
+    TEACHER_STEPS,
+    TEACHERS,
+    Job,
+    compare,
+    compare_teacher,
+    comparison_place,
+    comparison_protocol,
+    image_key,
+    jobs,
+    keep_images,
+    teacher_evaluations,
+)
+from advkd.presets import UserError, load_preset
+from advkd.quality import SAMPLING_SEEDS, TRAINING_SEEDS, Judge
+from advkd.run import new_pipeline
+from advkd.training import Plan
+from advkd.trajectories import denoise, make_scheduler, sample_teacher
+
+TABLE1 = {
+    *("model", "recipe", "sampler", "steps", "parameters", "deployable_parameters", "size_mb", "images"),
+    *("fd_train", "fd_heldout", "kid_train", "precision", "recall", "fd_train_subset", "pull_to_train", "ms_per_image"),
+}
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return Judge(load_preset("digits"))
+
+
+@pytest.fixture
+def tiny_job(tiny):
+    """A factory of tiny trainings of a contestant, by the shipped teacher."""
+
+    def make(method, **fields):
+        preset = next(job.preset for job in jobs("digits") if job.method == method)
+        warm_up = {"warm_up_steps": 2} if preset.warm_up_steps else {}
+        grid = {"student_grid": 4} if preset.student_grid else {}
+        return Job(method, 1, preset.replace(**tiny | {"steps": 4} | warm_up | grid | fields))
+
+    return make
+
+
+def test_every_method_has_its_seeds_and_budgets():
+    name = "digits"
+    assert STEPS[name].keys() == CONTESTANTS.keys() - {"Adv-KD"}
+    assert len(jobs(name)) == len(CONTESTANTS) * len(BUDGETS) * len(TRAINING_SEEDS)
+    for method in CONTESTANTS:
+        steps = {job.budget: job.preset.steps for job in jobs(name) if job.method == method}
+        assert steps[4] == 4 * steps[1] == Plan(jobs(name)[0].preset.replace(steps=steps[4]), 64).steps
+    assert len({job.preset for job in jobs(name)}) == len(jobs(name)), "no two rows are one training"
+
+
+def test_contestants_are_what_they_are_called():
+    of = {job.method: job.preset for job in jobs("digits") if job.budget == 1}
+    assert of["Adv-KD"].replace(seed=0) == load_preset("digits")
+    assert of["ADD, adversarial alone"].distillation_weight == of["ADD, distillation alone"].adversarial_weight == 0
+    assert of["ADD, random start"].start == "random" and of["ADD"].start == "teacher"
+    ours, warmed = load_preset("digits"), of["ADD, submodules"]
+    assert (warmed.architecture, warmed.latent, warmed.widths) == ("submodules", ours.latent, ours.widths)
+    assert 0 < warmed.warm_up_steps < warmed.steps and of["ADD"].warm_up_steps == 0
+    with pytest.raises(UserError, match="no study for the preset 'glyphs'"):
+        jobs("glyphs")
+
+
+def test_what_the_teacher_is_asked_before_a_training():
+    of = {job.method: teacher_evaluations(job.preset) for job in jobs("digits")}
+    pairs = 5000 * 50
+    assert of["Adv-KD"] == of["regression"] == of["DMD"] == of["ADD, submodules"] == pairs
+    assert of["ADD"] == of["progressive distillation"] == of["consistency distillation"] == 0
+
+
+@pytest.mark.parametrize("method", CONTESTANTS)
+def test_every_method_has_rows_with_the_fields_of_table1(judge, tiny_job, monkeypatch, method):
+    monkeypatch.setattr(head_to_head, "IMAGES", 70)
+    if method != "Adv-KD":  # the others are measured in the same way
+        fields = ("fd_train", "fd_heldout", "kid_train", "precision", "recall", "fd_train_subset", "pull_to_train")
+        monkeypatch.setattr(judge, "measure", lambda samples: dict.fromkeys(fields, float(samples.mean())))
+        monkeypatch.setattr(head_to_head, "sampling_cost", lambda *_: {"ms_per_step": 1.0, "peak_memory_mb": 1.0})
+    job = tiny_job(method)
+    rows, images = zip(*compare(judge, [job]), strict=True)
+    assert [row["steps"] for row in rows] == list(CONTESTANTS[method][2])
+    for row in rows:
+        assert row.keys() >= TABLE1 | {"method", "budget", "seed", "train_seconds", "peak_memory_mb", "preset_hash"}
+        assert row["method"] == method and row["images"] == 70
+    assert all(x.shape == (KEPT, 1, 16, 16) for x in images), "those of the first seed"
+    assert list(rows) == [row for row, _ in compare(judge, [job])], "what was measured is only read"
+
+
+def test_a_failed_training_leaves_the_others_alone(judge, tiny_job, monkeypatch):
+    monkeypatch.setattr(head_to_head, "IMAGES", 70)
+    monkeypatch.setattr(head_to_head, "sampling_cost", lambda *_: {"ms_per_step": 1.0, "peak_memory_mb": 1.0})
+    rows = list(compare(judge, [tiny_job("regression", learning_rate=1e30, steps=20), tiny_job("DMD")]))
+    assert {row["method"]: "error" in row for row, _ in rows} == {"regression": True, "DMD": False}
+
+
+def test_the_teacher_has_rows_for_every_sampler_steps_and_seed(judge, improved, monkeypatch):
+    monkeypatch.setattr(head_to_head, "IMAGES", 70)
+    monkeypatch.setattr(head_to_head, "sampling_cost", lambda *_: {"ms_per_step": 1.0, "peak_memory_mb": 1.0})
+    monkeypatch.setattr(head_to_head, "SAMPLING_SEEDS", SAMPLING_SEEDS[:1])
+    monkeypatch.setattr(head_to_head, "TEACHER_STEPS", (1, 16))  # 16 is no divisor of 1000
+    rows = [row for row, _ in compare_teacher(judge, load_preset("digits", teacher_dtype="float32"))]
+    assert len(rows) == len(TEACHERS) * 2 and rows[3]["ms_per_image"] == 16
+    assert rows[0].keys() >= TABLE1
+    ddim = {row["steps"]: row["fd_train"] for row in rows if row["sampler"] == "ddim"}
+    assert ddim[16] < ddim[1] / 5
+
+
+def test_rows_have_places_by_method_budget_steps_and_seed(judge):
+    def row(job, steps):
+        about = {"method": job.method, "budget": job.budget, "steps": steps}
+        return about | {"seed": job.preset.seed, "preset_hash": job.preset.config_hash}
+
+    students = [row(job, steps) for job in jobs("digits") for steps in CONTESTANTS[job.method][2]]
+    teachers = [{"method": m, "steps": n, "seed": s} for m in TEACHERS for n in TEACHER_STEPS for s in SAMPLING_SEEDS]
+    places = [comparison_place("digits", r) for r in students + teachers]
+    assert len(set(places)) == len(places)
+    assert comparison_place("digits", students[0] | {"preset_hash": "of another recipe"}) is None
+    assert comparison_place("digits", teachers[0] | {"steps": 25}) is None
+    protocol = comparison_protocol(judge)
+    for r in (teachers[0], students[0]):
+        path = keep_row(
+            r | {"parameters": 1},
+            lambda x: comparison_place("digits", x),
+            protocol,
+            "figures/digits",
+            "head_to_head",
+            SHOWN,
+        )
+    assert [r["method"] for r in json.loads(path.read_text())["rows"]] == ["Adv-KD", "teacher, DDIM"]
+
+
+def test_a_rows_images_are_kept():
+    rows = [{"method": m, "steps": 4, "budget": 1} for m in ("ADD", "DMD")] + [{"method": "teacher, DDIM", "steps": 4}]
+    for shade, row in enumerate(rows):
+        keep_images("figures/digits", row, torch.full((KEPT, 1, 8, 8), shade / 10))
+    kept = load_file("figures/digits/head_to_head.safetensors")
+    assert list(kept) == ["ADD, 4 steps, budget 1", "DMD, 4 steps, budget 1", "teacher, DDIM, 4 steps"]
+    torch.testing.assert_close(
+        from_uint8(kept[image_key(rows[1])]), torch.full((KEPT, 1, 8, 8), 0.1), atol=0.005, rtol=0
+    )
+
+
+def test_all_start_from_the_same_noise(judge, monkeypatch):
+    noise = seeded_noise(range(3), (1, 16, 16), SAMPLING_SEEDS[0])
+    seen = []
+    for recipe in ("improved", "add"):
+        pipeline = new_pipeline(load_preset("digits", recipe), judge.teacher)
+        first = sample_student(pipeline, 3, SAMPLING_SEEDS[0], progress=False)
+        seen.append(torch.equal(first, sample_student(pipeline, 3, 0, progress=False, noise=noise)))
+    preset = load_preset("digits", teacher_dtype="float32", submodules=1, widths=(4,), shard_size=3)
+    image = sample_teacher(judge.teacher, preset, "ddim", 1, range(3), SAMPLING_SEEDS[0], progress=False)
+    scheduler = make_scheduler(judge.teacher, "ddim", 1)
+    *_, (_, expected, _) = denoise(judge.teacher, noise, scheduler, sample_generators(range(3), 0))
+    torch.testing.assert_close(image, expected.clamp(-1, 1))
+    assert seen == [True, True]
+
+
+@pytest.mark.parametrize("option", [("--method", "GAN"), ("--budget", "3")])
+def test_the_command_line_names_what_there_is(option):
+    result = CliRunner().invoke(cli, ["compare", *option])
+    assert result.exit_code == 2 and option[1] in result.output and ("DMD" in result.output or "1, 4" in result.output)
