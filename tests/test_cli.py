@@ -19,6 +19,7 @@ from advkd.student import Student
 COMMANDS = [
     "ablate",
     "benchmark",
+    "compare",
     "evaluate",
     "extractor",
     "quality",

@@ -73,7 +73,7 @@ def contents(folder):
     read = {".safetensors": lambda file: {n: x.numpy().tobytes() for n, x in load_file(file).items()}}
     values = {str(f.relative_to(folder)): read.get(f.suffix, Path.read_bytes)(f) for f in files}
     if "run.json" in values:  # all of it but the time that it took
-        values["run.json"] = {key: value for key, value in json.loads(values["run.json"]).items() if key != "seconds"}
+        values["run.json"] = {key: x for key, x in json.loads(values["run.json"]).items() if key not in run.CLOCKS}
     return values
 
 
