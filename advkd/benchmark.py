@@ -22,7 +22,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from advkd.data import from_uint8, to_uint8
-from advkd.devices import pick_device
+from advkd.devices import pick_device, precision
 from advkd.discriminator import make_discriminator
 from advkd.files import first_line, write_json
 from advkd.presets import Preset, load_preset
@@ -79,8 +79,8 @@ def cases(preset: str, device: str, batches: tuple[int, ...] = (1, 64), min_seco
     rows += [("student", f"{r} student", v, b) for b in batches for r in ("paper", "improved") for v in variants]
     rows += [("trajectory", "trajectory", "10 steps", batches[-1] if gpu else 1)]
     for recipe in ("paper", "improved"):
-        batch, dtype = batches[-1] if gpu else 8, load_preset(preset, recipe).train_dtype
-        rows += [("training", f"{recipe} training step", dtype, batch)]
+        dtype = precision(load_preset(preset, recipe).train_dtype, torch.device(device))
+        rows += [("training", f"{recipe} training step", dtype, batches[-1] if gpu else 8)]
     sizes = sorted(set(load_preset(preset).resolutions))
     rows += [("reading", f"reading {px} px", how, 64) for px in sizes for how in ("store", "png")]
     return [Case(*row, **about) for row in rows]
@@ -235,7 +235,7 @@ def _student(case: Case, device: torch.device) -> dict:
 
 
 def _trajectory(case: Case, device: torch.device) -> dict:
-    """A trajectory of 10 steps in bfloat16 with all that the store does; 50 steps take five times as long."""
+    """A trajectory of 10 steps in the preset's precision with all that the store does; 50 steps take five times as long."""
     steps, p = 10, load_preset(case.preset, trajectories=case.batch, shard_size=case.batch)
     teacher = Teacher(untrained_unet(p.image_size_px, p.channels).eval(), DDPMScheduler(), "untrained", "0")
     with tempfile.TemporaryDirectory() as folder:
@@ -252,7 +252,7 @@ def _trajectory(case: Case, device: torch.device) -> dict:
         stored = sum((store.folder / file).stat().st_size for file in store.shards) / len(store) / 1e6
     gflop = steps * counter.get_total_flops() / 1e9 / case.batch
     found = {"ms_per_image": 1e3 * seconds / case.batch, "gflop_per_image": gflop}
-    return found | {"mb_per_sample": stored, "dtype": "bfloat16"}
+    return found | {"mb_per_sample": stored, "dtype": precision(p.teacher_dtype, device)}
 
 
 def _training(case: Case, device: torch.device) -> dict:
@@ -271,7 +271,7 @@ def _training(case: Case, device: torch.device) -> dict:
         train(period)  # warms up
         shorter = train(period)  # what a training takes to begin with, such as reading the store, counts in both
         seconds = (train(period + steps) - shorter) / steps
-    return {"ms_per_image": 1e3 * seconds / case.batch, "dtype": p.train_dtype}
+    return {"ms_per_image": 1e3 * seconds / case.batch, "dtype": precision(p.train_dtype, device)}
 
 
 def _reading(case: Case, device: torch.device) -> dict:

@@ -58,7 +58,13 @@ SHOWN = {
     "pull_to_train": "nearer to train",
     "near_copies": "near-copies",
 }
-ABOUT = {"train_seconds": "seconds", "cpu_seconds": "cpu_seconds", "threads": "threads", "device": "device"}  # of a run
+ABOUT = {  # of a run
+    "train_seconds": "seconds",
+    "cpu_seconds": "cpu_seconds",
+    "threads": "threads",
+    "device": "device",
+    "dtype": "dtype",
+}
 NEIGHBOURS_ASKED = 2000  # images whose nearest real image is looked for, pixel by pixel
 
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from advkd.data import load_images
 from advkd.denoiser import Denoiser
-from advkd.devices import pick_device, processes
+from advkd.devices import pick_device, precision, processes
 from advkd.discriminator import make_discriminator
 from advkd.features import DinoFeatures, TeacherFeatures, make_heads
 from advkd.files import (
@@ -67,8 +67,9 @@ def train_run(
     """Train the preset's student in `folder`; yields all its records, those of an earlier, interrupted call first.
 
     The folder then holds `student/` (a StudentPipeline), `curves.csv`, TensorBoard events in `logs/`, the checkpoint and
-    `run.json`: preset, configuration of the trajectories, device, threads, processes, seconds by the clock and of the CPU. A finished run is only read. Raises UserError when
-    the folder holds another run or, without `resume`, when it holds any.
+    `run.json`: preset, configuration of the trajectories, device, what it computed in, threads, processes, seconds by the
+    clock and of the CPU. A finished run is only read. Raises UserError when the folder holds another run or, without
+    `resume`, when it holds any.
     """
     folder = Path(folder)
     this = {"preset": preset_fields(preset), "trajectories": trajectories.config}
@@ -87,7 +88,9 @@ def train_run(
         yield from earlier
     spent = (read_run(folder) or {}) if earlier else {}
     rank, count = processes()
-    about = this | {"device": str(pick_device(device)), "threads": torch.get_num_threads()}
+    where = pick_device(device)
+    about = this | {"device": str(where), "dtype": precision(preset.train_dtype, where)}
+    about |= {"threads": torch.get_num_threads()}
     about |= {"processes": count} if count > 1 else {}
     if rank == 0:
         write_json(folder / RUN, about | {clock: spent.get(clock, 0.0) for clock in CLOCKS})

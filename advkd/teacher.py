@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from advkd.data import batch_generator
+from advkd.devices import precision
 from advkd.files import (
     CHECKPOINT_EVERY,
     differences,
@@ -275,7 +276,8 @@ def denoising_loss(unet: UNet2DModel, scheduler: DDPMScheduler, x0: Tensor, gene
     t = torch.randint(TRAIN_TIMESTEPS, (len(x0),), generator=generator)
     xt = scheduler.add_noise(x0, eps, t)
     target = scheduler.get_velocity(x0, eps, t) if scheduler.config.prediction_type == "v_prediction" else eps
-    with torch.autocast("cpu", torch.bfloat16):
+    dtype = precision("bfloat16", x0.device)
+    with torch.autocast(x0.device.type, getattr(torch, dtype), enabled=dtype != "float32"):
         prediction = unet(xt.to(memory_format=torch.channels_last), t).sample
     return F.mse_loss(prediction.float(), target)
 

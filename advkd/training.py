@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from advkd.data import batch_generator, make_latent
-from advkd.devices import all_mean, average_gradients, processes, to_device, with_global_batches
+from advkd.devices import all_mean, average_gradients, precision, processes, to_device, with_global_batches
 from advkd.files import CHECKPOINT_EVERY, differences, load_checkpoint, read_checkpoint_state, save_checkpoint
 from advkd.folder import CachedImages
 from advkd.presets import TRAIN_TIMESTEPS, Preset, UserError, asdict
@@ -298,6 +298,6 @@ def settle(student: nn.Module, average: MovingAverage | None) -> None:
 
 
 def autocast(preset: Preset, device: torch.device) -> torch.autocast:
-    """The precision of the preset's training."""
-    dtype = getattr(torch, preset.train_dtype)
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    """The precision of the preset's training on the device."""
+    dtype = precision(preset.train_dtype, device)
+    return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")

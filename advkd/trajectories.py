@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from advkd.data import from_uint8, make_latent, sample_generators, sample_noise, seeded_noise, to_uint8
-from advkd.devices import pick_device, processes
+from advkd.devices import pick_device, precision, processes
 from advkd.files import check_disk, differences, quiet, sha256, write_atomic, write_json
 from advkd.presets import LATENT_SIDE, Preset, UserError, config_hash, late_fields, stage_times
 from advkd.teacher import Teacher
@@ -105,10 +105,11 @@ def sample_teacher(
 
 @contextmanager
 def _computing_in(teacher: Teacher, dtype: str, device: torch.device) -> Iterator[None]:
-    """Within the block the teacher computes there in that dtype, channels last; its float32 weights come back after it."""
+    """Within the block the teacher computes there in that dtype (see `devices.precision`), channels last; its float32
+    weights come back after it."""
     unet, before = teacher.unet, teacher.unet.device
     float32 = {name: value.clone() for name, value in unet.state_dict().items()}
-    torch.nn.Module.to(unet, device, getattr(torch, dtype), memory_format=torch.channels_last)
+    torch.nn.Module.to(unet, device, getattr(torch, precision(dtype, device)), memory_format=torch.channels_last)
     try:
         yield
     finally:
@@ -149,7 +150,8 @@ def generate_trajectories(
 
     Every shard is one file, written atomically, of samples whose seeds follow from their indices alone. So one process,
     several (`accelerate launch`: each takes its share of the shards) and an interrupted call that was made again end with
-    the same bytes, on the same hardware and with the same number of threads. Where a shard does not fit a GPU's memory, it is
+    the same bytes, on the same hardware and with the same number of threads (a CPU without bfloat16 computes in float32: its
+    shards' entries in the manifest say so). Where a shard does not fit a GPU's memory, it is
     sampled in smaller batches.
     Raises UserError naming the differing fields if `folder` holds a store of another configuration, and if the disk is
     too small.
@@ -197,6 +199,7 @@ def _make_shards(
         teacher = replace(teacher, unet=torch.compile(teacher.unet))
     of_batch = partial(_batch, teacher, preset, scheduler)
     batch = preset.shard_size  # the most; halved until the memory suffices
+    dtype = str(teacher.unet.dtype).removeprefix("torch.")
     total, done = sum(map(len, mine.values())), sum(len(x) for name, x in mine.items() if name not in missing)
     with tqdm(total=total, initial=done, desc="trajectories", unit="image", disable=quiet(progress)) as bar:
         for name, indices in mine.items():
@@ -206,7 +209,9 @@ def _make_shards(
             batch, tensors = _shard(of_batch, indices, batch)
             write_atomic(path, lambda temporary, tensors=tensors: save_file(tensors, temporary))
             entry = {"first": indices.start, "count": len(indices), "sha256": sha256(path)}
-            entry |= {"batch": batch} if batch < preset.shard_size else {}  # rounding follows from it
+            # What rounding follows from, where the machine does not do as it was asked:
+            entry |= {"batch": batch} if batch < preset.shard_size else {}
+            entry |= {"dtype": dtype} if dtype != preset.teacher_dtype else {}
             write_json(path.with_suffix(".json"), entry)  # each process its own; they are gathered at the end
             bar.update(len(indices))
 

@@ -41,6 +41,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from advkd.data import FACTORS, batch_generator, load_images, make_latent, reference_images, seeded_noise
+from advkd.devices import pick_device, precision
 from advkd.figures import dots, markdown, save_figure, save_table, show_images, start_notebook
 from advkd.presets import ASSETS, PUBLISHED_FID
 from advkd.run import finish, load_run, read_run, run_dir, train_run
@@ -140,7 +141,8 @@ details = protocol(metric, count, 1, train, heldout) | {
     "images_of_teacher": "see rows; last states of the trajectories, seed 0",
     "training_seed": seed,
     "training_device": {name: read_run(run_dir(p, stores[name]))["device"] for name, p in recipes.items()},
-    "teacher_dtype": f"samples {improved.teacher_dtype}, time float32",
+    "training_dtype": {name: read_run(run_dir(p, stores[name])).get("dtype") for name, p in recipes.items()},
+    "teacher_dtype": f"samples {precision(improved.teacher_dtype, pick_device())}, time float32",
     "paper_epochs": f"{paper_epochs} of the paper's 10",
     "fd_train_subset": f"mean and standard deviation over disjoint subsets of {size} images, as many as there are",
     "pull_to_train": f"share nearer to {len(heldout)} training than to {len(heldout)} held-out images; 0.5 is neutral",

@@ -8,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from safetensors.torch import load_file
 
+from advkd import devices
 from advkd import trajectories as module
 from advkd.data import make_latent, sample_generators, sample_noise, seeded_noise, to_uint8
 from advkd.files import sha256
@@ -251,7 +252,10 @@ def test_a_teacher_that_is_not_finite_is_refused(tmp_path, linear_schedule, impr
         generate_trajectories(broken, improved, tmp_path)
 
 
-def test_computing_in_bfloat16_leaves_the_teacher_as_it_was(tmp_path, linear_schedule, improved, make_unet):
+def test_computing_in_bfloat16_leaves_the_teacher_as_it_was(
+    tmp_path, linear_schedule, improved, make_unet, monkeypatch
+):
+    monkeypatch.setattr(devices, "cpu_has_bfloat16", lambda: True)
     unet = make_unet().eval()
     dtypes = []
     unet.register_forward_pre_hook(lambda unet, args: dtypes.append((unet.dtype, args[0].dtype)))
@@ -260,6 +264,20 @@ def test_computing_in_bfloat16_leaves_the_teacher_as_it_was(tmp_path, linear_sch
     assert set(dtypes) == {(torch.bfloat16, torch.bfloat16)}
     after, before = unet.state_dict(), make_unet().state_dict()
     assert unet.dtype == torch.float32 and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_cpu_without_bfloat16_computes_in_float32_and_says_so(tmp_path, teacher, improved, monkeypatch):
+    half = improved.replace(teacher_dtype="bfloat16")
+    for there in (False, True):
+        monkeypatch.setattr(devices, "cpu_has_bfloat16", lambda there=there: there)
+        generate_trajectories(teacher, half, tmp_path / f"{there}", device="cpu")
+    stores = {there: TrajectoryStore(tmp_path / f"{there}") for there in (False, True)}
+    assert stores[False].config == stores[True].config, "a store can be carried on elsewhere"
+    assert {entry.get("dtype") for entry in stores[False].shards.values()} == {"float32"}
+    assert {entry.get("dtype") for entry in stores[True].shards.values()} == {None}
+    generate_trajectories(teacher, improved, tmp_path / "asked", device="cpu")
+    for file in stores[False].shards:
+        assert (tmp_path / "False" / file).read_bytes() == (tmp_path / "asked" / file).read_bytes()
 
 
 def test_sample_teacher_gives_the_stored_images(teacher, improved, store):
