@@ -299,6 +299,38 @@ def sample(student: Path, count: int, seed: int, steps: int, out: Path):
 
 @cli.command()
 @STUDENT
+@click.option("--format", "kind", type=click.Choice(["onnx"]), default="onnx", help="Of the file.")
+@click.option("--int8", is_flag=True, help="8 bits a number: a third of the size, and faster.")
+@click.option("--heads", is_flag=True, help="All submodules' images, not the last one alone.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="A file: any that ends with .onnx."
+)
+def export(student: Path, kind: str, int8: bool, heads: bool, out: Path):
+    """Write a trained student as a file for devices without torch, and compare it with torch."""
+    from tempfile import TemporaryDirectory
+
+    from advkd.export import TOLERANCE, export_onnx, quantize_onnx
+    from advkd.pipeline import StudentPipeline
+    from advkd.run import load_run
+
+    pipeline = load_run(student)
+    if not isinstance(pipeline, StudentPipeline):
+        raise UserError(f"{student} holds a few-step student (a U-Net); only students made of submodules are exported")
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "float32.onnx" if int8 else out
+        made = export_onnx(pipeline.student, file, heads=heads)
+        click.echo(
+            f"float32: {made['file_mb']:.3f} MB, differs from torch by {made['max_difference']:.2g} (at most {TOLERANCE:g})"
+        )
+        if int8:
+            made = quantize_onnx(file, out)
+            apart = f"{made['mean_difference']:.2g} in the mean, {made['max_difference']:.2g} at most"
+            click.echo(f"int8: {made['file_mb']:.3f} MB, its images differ from float32's by {apart}")
+    click.echo(f"export: {out}")
+
+
+@cli.command()
+@STUDENT
 @click.option("--preset", "name", help="What to compare with (default: what the student was trained for, or digits).")
 @COUNT
 @SEED
