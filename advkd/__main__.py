@@ -504,6 +504,39 @@ def benchmark(name: str, device: str, batches: tuple[int, ...], kinds: tuple[str
 
 
 @cli.command()
+@click.argument("student", type=click.Path(path_type=Path), required=False)
+@click.option("--preset", "name", default="celebahq", help="Whose sizes, with random weights: celebahq, cifar10, ...")
+@click.option("--only", "kinds", multiple=True, help="Only teacher, student or trained (several times); others stay.")
+def deploy(student: Path | None, name: str, kinds: tuple[str, ...]):
+    """Measure what teacher and students take on this CPU, in torch and as ONNX files, in figures/deploy.* (20 minutes).
+
+    STUDENT is a trained one of the digits (default: the one that `make reproduce` trains).
+    """
+    from tqdm import tqdm
+
+    from advkd.deploy import KINDS, SHOWN, cases, protocol
+    from advkd.deploy import deploy as run
+    from advkd.figures import figures_folder, save_table
+    from advkd.files import quiet
+    from advkd.run import default_run, load_run
+
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise UserError(f"there is no kind {unknown[0]!r}; kinds: {', '.join(KINDS)}")
+    chosen = [case for case in cases(name) if not kinds or case.kind in kinds]
+    trained = any(case.kind == "trained" for case in chosen)
+    pipeline = load_run(student or default_run(load_preset("digits"))) if trained else None
+    path = figures_folder("figures") / "deploy.json"
+    earlier = json.loads(path.read_text(encoding="utf-8")) if kinds and path.exists() else None
+    rows = earlier["rows"] if earlier and earlier["protocol"] == protocol(name) else []
+    rows = [row for row in rows if row["kind"] not in kinds]
+    for row in tqdm(run(chosen, pipeline), total=len(chosen), unit="row", disable=quiet(True)):
+        rows.append(row)
+        ordered = sorted(rows, key=lambda row: list(KINDS).index(row["kind"]))
+        save_table(ordered, protocol(name), "figures", "deploy", SHOWN)
+    click.echo(f"deploy: {path}")
+
+
+@cli.command()
 @PRESET
 @click.option("--parameter", "-p", "parameters", nargs=2, multiple=True, help="A notebook parameter: -p NAME VALUE.")
 @click.option("--force", is_flag=True, help="Run also what is up to date.")

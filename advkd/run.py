@@ -54,6 +54,13 @@ def run_dir(preset: Preset, trajectories: TrajectoryStore) -> Path:
     return Path("runs") / preset.name / f"{preset.recipe}-{config_hash(made_from)}"
 
 
+def default_run(preset: Preset) -> Path:
+    """Where `make reproduce` leaves the preset's student; of a store that is not made yet too, for a message's sake."""
+    teacher = load_teacher(preset)
+    where = trajectory_dir(teacher, preset)
+    return run_dir(preset, TrajectoryStore(where)) if where.exists() else Path("runs") / preset.name / preset.recipe
+
+
 def train_run(
     preset: Preset,
     trajectories: TrajectoryStore,

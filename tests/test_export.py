@@ -33,7 +33,7 @@ def trained_alike(preset) -> Student:
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(1)
         for p in student.parameters():
-            p.add_(0.1 * torch.randn_like(p))
+            p.add_(0.02 * torch.randn_like(p))
         for _ in range(3):
             student(torch.randn(16, *student.latent_shape))
     return student.eval()
@@ -45,9 +45,15 @@ def student():
 
 
 @pytest.fixture(scope="module")
-def files(student, tmp_path_factory):
-    """The student in float32 and with 8 bits."""
-    folder = tmp_path_factory.mktemp("exported")
+def whole():
+    """A student of the digits' full size."""
+    return trained_alike(load_preset("digits"))
+
+
+@pytest.fixture(scope="module")
+def files(whole, tmp_path_factory):
+    """The whole student in float32 and with 8 bits."""
+    folder, student = tmp_path_factory.mktemp("exported"), whole
     export_onnx(student, folder / "float32.onnx")
     quantize_onnx(folder / "float32.onnx", folder / "int8.onnx")
     return folder / "float32.onnx", folder / "int8.onnx"
@@ -56,7 +62,6 @@ def files(student, tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "recipe", "fields"),
     [
-        ("digits", "improved", {}),
         ("digits", "paper", {}),
         ("digits", "improved", {"latent": "full", "submodules": 3, "widths": (12, 8)}),
         ("glyphs", "improved", {"submodules": 4, "widths": (12, 8, 8)}),
@@ -76,13 +81,13 @@ def test_a_file_gives_the_images_of_torch_for_any_batch(tmp_path, name, recipe, 
             torch.testing.assert_close(torch.from_numpy(images), student(latents), atol=1e-5, rtol=0)
 
 
-def test_a_file_holds_the_generator_alone_with_its_normalisation_folded(files, student):
-    model = onnx.load(files[0])
+def test_a_file_holds_the_generator_alone_with_its_normalisation_folded(files, whole):
+    student, model = whole, onnx.load(files[0])
     assert "BatchNormalization" not in {node.op_type for node in model.graph.node}
     numbers = sum(np.prod(weights.dims) for weights in model.graph.initializer)
     normalised = sum(2 * m.num_features for m in student.generator().modules() if isinstance(m, torch.nn.BatchNorm2d))
     assert numbers <= count_parameters(student.generator()) - normalised + 16  # and a few shapes
-    assert read_about(files[0]) == {"latent_shape": [1, 4, 4], "image_shape": [1, 16, 16], "submodules": 3}
+    assert read_about(files[0]) == {"latent_shape": [1, 4, 4], "image_shape": [1, 16, 16], "submodules": 11}
     assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
 
 
@@ -127,17 +132,17 @@ def test_eight_bits_are_a_scale_for_each_channel_and_seven_bits_of_weight(files)
     for kernel, scale in zip(kernels, scales, strict=True):
         assert kernel.dtype == np.int8 and abs(kernel.astype(int)).max() <= 64, "products of 8 and 8 bits overflow"
         assert scale.shape == (len(kernel),)
-    assert files[1].stat().st_size < 0.6 * files[0].stat().st_size  # scales and nodes count in so small a student
+    assert files[1].stat().st_size < 0.35 * files[0].stat().st_size
     assert read_about(files[1])["bits"] == 8
 
 
-def test_images_of_eight_bits_are_near(files, student):
+def test_images_of_eight_bits_are_near(files, whole):
     latents = torch.randn(500, 1, 4, 4, generator=torch.Generator().manual_seed(5))
     exact, near = sample_onnx(files[0], latents), sample_onnx(files[1], latents, batch_size=64)
     with torch.no_grad():
-        torch.testing.assert_close(exact, student(latents), atol=1e-5, rtol=0)
+        torch.testing.assert_close(exact, whole(latents), atol=1e-5, rtol=0)
     error, size = (exact - near).abs().mean(), (exact - exact.mean(0)).abs().mean()
-    assert 0 < error < 0.05 * size
+    assert 0 < error < 0.15 * size  # of a network without training, whose images have little contrast
 
 
 def test_calibration_has_latents_of_its_own(student):
@@ -191,7 +196,7 @@ def test_the_readme_example_samples_without_torch(tmp_path, files, student):
     )
     assert run.returncode == 0, run.stderr
     shape, least, most = json.loads(run.stdout.splitlines()[-1])
-    assert shape[1:] == [16, 16] and 0 <= least < most <= 255
+    assert shape == [16, 1, 16, 16] and 0 <= least < most <= 255
 
 
 def install(python: Path, *names: str) -> None:
