@@ -299,6 +299,35 @@ def sample(student: Path, count: int, seed: int, steps: int, out: Path):
 
 @cli.command()
 @STUDENT
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="Keep the page in this folder, ready to publish."
+)
+@click.option("--port", type=click.IntRange(0, 65535), default=0, show_default="a free one", help="Port on 127.0.0.1.")
+@click.option("--no-serve", is_flag=True, help="Only write the folder --out.")
+def demo(student: Path, out: Path | None, port: int, no_serve: bool):
+    """Show a trained student (a run folder or a pipeline folder) in the browser, where it generates by itself.
+
+    The page brings onnxruntime-web along where `make web` has fetched it; else it takes it from cdn.jsdelivr.net.
+    """
+    from tempfile import TemporaryDirectory
+
+    from advkd.demo import build_demo, fetched_runtime, serve_demo
+
+    if no_serve and not out:
+        raise UserError("--no-serve without --out leaves nothing behind; say where to write: --out FOLDER")
+    with TemporaryDirectory(prefix="advkd-demo-") as temporary:
+        folder = out or Path(temporary)
+        runtime = build_demo(student, folder, fetched_runtime())["runtime"]
+        where = (
+            "in the folder itself" if runtime["base"] == "ort/" else f"{runtime['base']} ('make web' brings it along)"
+        )
+        click.echo(f"page: {folder}, with {runtime['package']} {runtime['version']} from {where}")
+        if not no_serve:
+            serve_demo(folder, port)
+
+
+@cli.command()
+@STUDENT
 @click.option("--preset", "name", help="What to compare with (default: what the student was trained for, or digits).")
 @COUNT
 @SEED
