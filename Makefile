@@ -4,7 +4,7 @@ BIN = .venv/bin
 PRESET ?= digits
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: env reproduce test lab notebooks lint lock clean
+.PHONY: env reproduce test lab notebooks lint lock web clean
 
 env: .venv/.ready
 
@@ -41,6 +41,16 @@ notebooks: env
 lock: env
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes \
 		--no-annotate --no-header --python-version 3.10 --extra dev pyproject.toml -o requirements.lock
+
+# onnxruntime-web for the page of `python -m advkd demo`, from its npm package; which version and files, runtime.json says.
+web: runs/web/.ready
+
+runs/web/.ready: advkd/web/runtime.json
+	rm -rf runs/web && mkdir -p runs/web
+	cd runs/web && npm pack --silent "onnxruntime-web@$$(sed -n 's/.*"version": "\(.*\)".*/\1/p' ../../$<)"
+	tar -xzf runs/web/*.tgz -C runs/web --strip-components=2 $$(sed -n 's/.*"\(ort.*\)": "sha.*/package\/dist\/\1/p' $<)
+	rm runs/web/*.tgz
+	touch $@
 
 clean:
 	rm -rf runs/digits .venv  # what was trained elsewhere below runs/ stays

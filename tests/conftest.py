@@ -1,5 +1,8 @@
 """Tiny stand-ins for what the package works on: a random teacher, two presets and a store of trajectories."""
 
+import os
+import shutil
+
 import matplotlib
 import pytest
 import torch
@@ -30,6 +33,34 @@ def quiet_and_single_threaded():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ADVKD_PROGRESS", "0")
         yield
+
+
+@pytest.fixture(scope="session")
+def lacking():
+    """What to do where something is missing that pip has not: skip the test, or fail it with ADVKD_REQUIRE_BROWSER, as in CI."""
+
+    def lack(what: str):
+        if os.environ.get("ADVKD_REQUIRE_BROWSER"):
+            pytest.fail(f"ADVKD_REQUIRE_BROWSER is set, but there is no {what}")
+        pytest.skip(f"no {what}")
+
+    return lack
+
+
+@pytest.fixture
+def browser(lacking):
+    """A headless Chromium that talks to nobody by itself."""
+    from playwright.sync_api import expect, sync_playwright  # slow to import, and only needed here
+
+    expect.set_options(timeout=60_000)  # beside other jobs a browser takes its time
+
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None) or lacking("Chromium on the path")
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=quiet)
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 with ADVKD_REQUIRE_BROWSER set, as in CI, it fails."""
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -10,14 +9,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 from advkd.preference import read_votes
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-REQUIRED = bool(os.environ.get("ADVKD_REQUIRE_BROWSER"))
-pytestmark = pytest.mark.skipif(BROWSER is None and not REQUIRED, reason="no Chromium on the path")
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 ROOT = Path(__file__).parents[1]
 
 
@@ -48,8 +43,7 @@ def _address(tmp_path, server) -> str:
     raise TimeoutError((tmp_path / "lab.log").read_text())
 
 
-def test_the_preference_panel_takes_votes_in_jupyterlab(lab, tmp_path):
-    assert BROWSER, "ADVKD_REQUIRE_BROWSER is set, but there is no Chromium on the path"
+def test_the_preference_panel_takes_votes_in_jupyterlab(browser, lab, tmp_path):
     cell = """
 import torch
 from advkd.preference import Panel
@@ -58,25 +52,22 @@ Panel({"ADD": torch.zeros(9, 1, 16, 16), "DMD": torch.ones(9, 1, 16, 16)}, "vote
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}  # without one JupyterLab asks
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)], metadata=kernel)
     nbformat.write(notebook, tmp_path / "panel.ipynb")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=QUIET)
-        page = browser.new_page()
-        page.set_default_timeout(60_000)
-        page.goto(lab.replace("/lab?", "/lab/tree/panel.ipynb?"))
-        expect(page.get_by_text("| Idle")).to_be_visible(timeout=120_000)
-        page.get_by_text("Run", exact=True).click()
-        page.get_by_text("Run All Cells", exact=True).click()
-        left, right = (page.get_by_role("button", name=f"{side} is better") for side in ("left", "right"))
-        for n, button in enumerate((left, right, left)):
-            expect(page.get_by_text(f"{n} answered as 'Ann'")).to_be_visible(timeout=120_000)
-            sizes = page.locator(".jp-OutputArea img").evaluate_all("all => all.map(i => i.naturalWidth)")
-            assert len(sizes) == 2 and min(sizes) > 100, "two images are seen"
-            page.wait_for_timeout(500)  # a look at them
-            button.click()
-        expect(page.get_by_text("3 answered as 'Ann'")).to_be_visible()
-        text = page.locator(".jp-OutputArea").inner_text()
-        page.screenshot(path=tmp_path / "panel.png")
-        browser.close()
+    page = browser.new_page()
+    page.set_default_timeout(60_000)
+    page.goto(lab.replace("/lab?", "/lab/tree/panel.ipynb?"))
+    expect(page.get_by_text("| Idle")).to_be_visible(timeout=120_000)
+    page.get_by_text("Run", exact=True).click()
+    page.get_by_text("Run All Cells", exact=True).click()
+    left, right = (page.get_by_role("button", name=f"{side} is better") for side in ("left", "right"))
+    for n, button in enumerate((left, right, left)):
+        expect(page.get_by_text(f"{n} answered as 'Ann'")).to_be_visible(timeout=120_000)
+        sizes = page.locator(".jp-OutputArea img").evaluate_all("all => all.map(i => i.naturalWidth)")
+        assert len(sizes) == 2 and min(sizes) > 100, "two images are seen"
+        page.wait_for_timeout(500)  # a look at them
+        button.click()
+    expect(page.get_by_text("3 answered as 'Ann'")).to_be_visible()
+    text = page.locator(".jp-OutputArea").inner_text()
+    page.screenshot(path=tmp_path / "panel.png")
     assert "ADD" not in text and "DMD" not in text, "the panel is blind"
     votes = read_votes(tmp_path / "votes.csv")
     assert [(v.voter, v.pair, v.winner == v.left) for v in votes] == [

@@ -20,6 +20,7 @@ COMMANDS = [
     "ablate",
     "benchmark",
     "compare",
+    "demo",
     "evaluate",
     "extractor",
     "quality",
@@ -88,6 +89,8 @@ def test_help_lists_every_option_with_its_meaning(name):
         (["train", "--trajectories", "nowhere", "--out", "x"], "nowhere holds no trajectories"),
         (["sample", "nowhere", "--out", "x.png"], "nowhere holds no student"),
         (["evaluate", "nowhere", "--out", "x.json"], "nowhere holds no student"),
+        (["demo", "nowhere"], "nowhere holds no student"),
+        (["demo", "nowhere", "--no-serve"], "--no-serve without --out leaves nothing behind"),
         (["ablate", "--group", "colour"], "no group 'colour'; groups: 'waterfall', 'submodules'"),
         (["quality", "--sampler", "ddim-51"], "no sampler 'ddim-51'; samplers: ddim-1, ddim-2"),
         (
