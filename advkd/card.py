@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 from torchvision.utils import save_image
@@ -202,7 +203,8 @@ def _is_ours(preset: dict) -> bool:
 
 def _about(student: Student | Denoiser) -> str:
     channels, height, width = student.image_shape
-    all_of_it, deployed = count_parameters(student), count_parameters(student.generator())
+    with torch.random.fork_rng(devices=[]):  # the generator's first weights are drawn before they are replaced
+        all_of_it, deployed = count_parameters(student), count_parameters(student.generator())
     parameters = f"{deployed:,}" if deployed == all_of_it else f"{all_of_it:,}, of which sampling needs {deployed:,}"
     if isinstance(student, Denoiser):
         what, steps = "its teacher's U-Net, trained to say the clean image at a few timesteps", _steps(student)
