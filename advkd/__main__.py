@@ -350,7 +350,7 @@ def evaluate(
     inception: str | None,
     few: bool,
 ):
-    """Compare a student's images with the real ones; writes a row with its protocol."""
+    """Compare a student's images with the real ones; writes a row with its protocol, and into the student's card."""
     from advkd.data import reference_images
     from advkd.evaluation import Metric, protocol, sample_student, student_latency_ms, student_row
     from advkd.files import write_json
@@ -375,7 +375,12 @@ def evaluate(
     row |= metric.evaluate(samples, train_images, heldout, few) | {
         "ms_per_image": student_latency_ms(pipeline, steps=steps)
     }
-    write_json(out, {"protocol": protocol(metric, count, seed, train_images, heldout), "rows": [row]})
+    judged = protocol(metric, count, seed, train_images, heldout)
+    write_json(out, {"protocol": judged, "rows": [row]})
+    try:
+        pipeline.add_measurement(row, judged, pipeline.name_or_path)
+    except OSError as error:  # a student that is only lent, which is no reason to lose the row
+        click.echo(f"advkd: the model card of {student} stays as it is ({error})", err=True)
     click.echo(f"{metric.label} {row['fd_train']:.3f} (train), {row['fd_heldout']:.3f} (held out): {out}")
 
 

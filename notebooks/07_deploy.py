@@ -72,7 +72,7 @@ pipeline = load_run(folder)
 # %%
 files = {"float32": folder / "student.onnx", "int8": folder / "student.int8.onnx"}
 made = {"float32": export_onnx(pipeline.student, files["float32"])}
-made["float32"]["max_difference"] < 1e-4
+assert made["float32"]["max_difference"] < 1e-4
 
 # %% [markdown]
 # Eight bits: each output channel of a convolution has a scale for its weights, each activation one that is calibrated on
@@ -214,7 +214,7 @@ peaks = {recipe: [activations_mb(student, n) for n in strips] for recipe, studen
 noise = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 with torch.no_grad():
     apart = max((in_strips(s, noise) - s(noise)).abs().max().item() for s in students.values())
-apart < 1e-5
+assert apart < 1e-5
 
 # %%
 figure, ax = plt.subplots(figsize=(5.5, 2.8), layout="constrained")
