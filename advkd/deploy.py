@@ -125,14 +125,13 @@ def _teacher(case: Case, device: torch.device, folder: Path) -> dict:
 
 def _student(case: Case, device: torch.device, folder: Path) -> dict:
     preset = load_preset(case.preset, case.name.split()[0])
-    about = {"gflop_per_image": _gflop(preset), "dtype": case.variant.split()[1]}
+    about = _counted(preset) | {"dtype": "int8" if case.variant == "onnx int8" else "float32"}
     if case.variant.startswith("onnx"):
         file = folder / case.name / case.variant
         return about | {"file_mb": file.stat().st_size / 1e6} | _onnx(file, case)
     before = memory_mb(device, restart=True)
     student = StudentPipeline.from_pretrained(folder / case.name).student.eval()
-    about |= {"parameters": count_parameters(student), "file_mb": count_parameters(student) * 4e-6}
-    about |= _torch(student, case.variant, case)
+    about |= {"file_mb": about["parameters"] * 4e-6} | _torch(student, case.variant, case)
     return about if before is None else about | {"peak_memory_mb": memory_mb(device) - before}
 
 
@@ -144,13 +143,14 @@ def _torch(student: Student, variant: str, case: Case) -> dict:
         student, latents = student.to(torch.bfloat16), latents.bfloat16()
     student.to(memory_format=torch.channels_last)
     if variant == "torch in strips":
-        return _calls(lambda: in_strips(student, latents), case) | {"dtype": "float32", "strips": STRIPS}
-    if variant == "torch compiled":
-        return _calls(partial(torch.compile(student), latents), case) | {"dtype": "float32"}
-    return _calls(lambda: student(latents), case)
+        return _calls(lambda: in_strips(student, latents), case) | {"strips": STRIPS}
+    call = torch.compile(student) if variant == "torch compiled" else student
+    return _calls(lambda: call(latents), case) | {"dtype": str(latents.dtype).removeprefix("torch.")}
 
 
 def _onnx(file: Path, case: Case) -> dict:
+    import onnxruntime  # noqa: F401, before memory is counted, as torch was
+
     device = torch.device("cpu")
     before = memory_mb(device, restart=True)
     session = open_session(file, case.threads)
@@ -176,11 +176,14 @@ def _trained(case: Case, device: torch.device, folder: Path) -> dict:
 KINDS = {"teacher": _teacher, "student": _student, "trained": _trained}
 
 
-def _gflop(preset: Preset) -> float:
-    """Billions of operations for an image of the deployable generator, counted without computing."""
+def _counted(preset: Preset) -> dict:
+    """Parameters of the deployable generator and its billions of operations for an image, counted without computing."""
     with torch.device("meta"):
-        counts = gflop_per_submodule(Student.from_preset(preset))
-    return sum(layers for layers, _ in counts) + counts[-1][1]
+        student = Student.from_preset(preset)
+        operations = gflop_per_submodule(student)
+    parts = [*(stage.layers for stage in student.stages), student.stages[-1].terminal]
+    gflop = sum(layers for layers, _ in operations) + operations[-1][1]
+    return {"parameters": sum(map(count_parameters, parts)), "gflop_per_image": gflop}
 
 
 @torch.inference_mode()
