@@ -22,8 +22,10 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Every core runs its share of the tests, then of the others' rest; more than eight only import. The notebooks write to
+# shared folders and stay one after another.
 test: lint
-	$(BIN)/pytest -q tests
+	$(BIN)/pytest -q -n logical --maxprocesses 8 --dist worksteal tests
 	$(BIN)/pytest -q --nbval notebooks
 
 lab: env
