@@ -158,7 +158,7 @@ function drawGrid() {
   const { output, resolution_px: side } = head();
   [...$("grid").children].forEach((tile, i) => paint(tile.firstChild, state.images[output], i, side));
   $("stage").value = state.stage;
-  $("stage-text").textContent = `${head().submodule} · ${side} px · ${phase(head())}`;
+  $("stage-text").textContent = `${head().submodule} · ${side} px · ${head().time === null ? "final" : phase(head())}`;
   $("stage").setAttribute("aria-valuetext", `submodule ${head().submodule}, ${side} pixels, ${phase(head())}`);
   [...$("strip").children].forEach((tile, k) => tile.setAttribute("aria-pressed", k === state.stage));
 }
@@ -197,6 +197,8 @@ async function showSeed(seed) {
   $("command").textContent = `--seed ${seed} --count ${about.count}`;
   drawGrid();
   drawStrip();
+  $("demo").hidden = false;
+  $("status").hidden = true;
   await findPath();
   busy(false);
 }
@@ -249,19 +251,19 @@ function play() {
 async function measure() {
   const batch = Number($("batch").value);
   $("measure").disabled = true;
-  $("speed-text").textContent = "Measuring …";
   try {
     generator ??= about.generator === about.model ? student : await loadModel(about.generator);
     const latents = seededLatents(about.seed, batch);
-    await run(latents, batch, generator); // the first run takes longer
     const seconds = [];
     const begin = performance.now();
-    while (seconds.length < 5 || (performance.now() - begin < 2000 && seconds.length < 50)) {
+    while (seconds.length < 4 || (performance.now() - begin < 3000 && seconds.length < 50)) {
+      $("speed-text").textContent = `Measuring, run ${seconds.length + 1} …`;
+      await new Promise((resume) => setTimeout(resume)); // the text is drawn
       const start = performance.now();
       await run(latents, batch, generator);
       seconds.push((performance.now() - start) / 1000);
-      await new Promise((resume) => setTimeout(resume));
     }
+    seconds.shift(); // the first run takes longer
     const median = seconds.sort((a, b) => a - b)[seconds.length >> 1];
     const rate = batch / Math.max(median, 1e-4);
     $("speed").textContent = number(rate, rate < 10 ? 1 : 0);
@@ -338,6 +340,8 @@ function build() {
   $("share").max = about.image_shape[1] <= 64 ? 4 * (FILM - 1) : FILM - 1;
   $("from").max = $("to").max = about.count - 1;
   $("seed").value = about.seed;
+  for (const batch of about.count === 64 ? [1, 8, 64] : [1, 4, 16]) $("batch").append(new Option(batch));
+  $("batch").selectedIndex = about.count === 64 ? 2 : 0;
 
   const guarded = (action) => (event) => Promise.resolve(action(event)).catch(problem);
   const stage = (k) => { state.stage = k; drawGrid(); };
@@ -373,9 +377,8 @@ async function start() {
   about.latents = new Float32Array(await latents);
   student = await loadModel(about.model);
   build();
+  $("status").textContent = `Making the first ${about.count} images …`;
   await showSeed(about.seed);
-  $("demo").hidden = false;
-  $("status").hidden = true;
 }
 
 const ready = start();
