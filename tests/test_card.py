@@ -387,5 +387,6 @@ def test_the_card_cites_what_the_citation_file_does():
 
 def test_the_readme_says_how_to_share():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("```") % 2 == 0
     assert 'pipeline.push_to_hub("me/my-student", private=True)' in text
     assert 'save_pretrained(folder, push_to_hub=True, repo_id="me/my-student")' in text
