@@ -299,8 +299,37 @@ def sample(student: Path, count: int, seed: int, steps: int, out: Path):
 
 @cli.command()
 @STUDENT
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="Keep the page in this folder, ready to publish."
+)
+@click.option("--port", type=click.IntRange(0, 65535), default=0, show_default="a free one", help="Port on 127.0.0.1.")
+@click.option("--no-serve", is_flag=True, help="Only write the folder --out.")
+def demo(student: Path, out: Path | None, port: int, no_serve: bool):
+    """Show a trained student (a run folder or a pipeline folder) in the browser, where it generates by itself.
+
+    The page brings onnxruntime-web along where `make web` has fetched it; else it takes it from cdn.jsdelivr.net.
+    """
+    from tempfile import TemporaryDirectory
+
+    from advkd.demo import build_demo, fetched_runtime, serve_demo
+
+    if no_serve and not out:
+        raise UserError("--no-serve without --out leaves nothing behind; say where to write: --out FOLDER")
+    with TemporaryDirectory(prefix="advkd-demo-") as temporary:
+        folder = out or Path(temporary)
+        runtime = build_demo(student, folder, fetched_runtime())["runtime"]
+        where = (
+            "in the folder itself" if runtime["base"] == "ort/" else f"{runtime['base']} ('make web' brings it along)"
+        )
+        click.echo(f"page: {folder}, with {runtime['package']} {runtime['version']} from {where}")
+        if not no_serve:
+            serve_demo(folder, port)
+
+
+@cli.command()
+@STUDENT
 @click.option("--format", "kind", type=click.Choice(["onnx"]), default="onnx", help="Of the file.")
-@click.option("--int8", is_flag=True, help="8 bits a number: a third of the size, and faster.")
+@click.option("--int8", is_flag=True, help="8 bits a number.")
 @click.option("--heads", is_flag=True, help="All submodules' images, not the last one alone.")
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="A file: any that ends with .onnx."
@@ -522,7 +551,7 @@ def deploy(student: Path | None, name: str, kinds: tuple[str, ...]):
     from advkd.deploy import KINDS, SHOWN, cases, protocol
     from advkd.deploy import deploy as run
     from advkd.figures import figures_folder, save_table
-    from advkd.files import quiet
+    from advkd.files import differences, quiet
     from advkd.run import default_run, load_run
 
     if unknown := [kind for kind in kinds if kind not in KINDS]:
@@ -531,13 +560,18 @@ def deploy(student: Path | None, name: str, kinds: tuple[str, ...]):
     trained = any(case.kind == "trained" for case in chosen)
     pipeline = load_run(student or default_run(load_preset("digits"))) if trained else None
     path = figures_folder("figures") / "deploy.json"
-    earlier = json.loads(path.read_text(encoding="utf-8")) if kinds and path.exists() else None
-    rows = earlier["rows"] if earlier and earlier["protocol"] == protocol(name) else []
-    rows = [row for row in rows if row["kind"] not in kinds]
-    for row in tqdm(run(chosen, pipeline), total=len(chosen), unit="row", disable=quiet(True)):
-        rows.append(row)
-        ordered = sorted(rows, key=lambda row: list(KINDS).index(row["kind"]))
-        save_table(ordered, protocol(name), "figures", "deploy", SHOWN)
+    about = protocol(name) | ({"trained": pipeline.facts.get("preset", "not recorded")} if trained else {})
+    rows = []
+    if kinds and path.exists():
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        about = {"trained": earlier["protocol"].get("trained")} | about
+        if different := differences(earlier["protocol"] | {"trained": about["trained"]}, about):
+            raise UserError(
+                f"{path} was measured otherwise ({'; '.join(different)}); measure all of it, without --only"
+            )
+        rows = [row for row in earlier["rows"] if row["kind"] not in kinds]
+    rows += list(tqdm(run(chosen, pipeline), unit="row", disable=quiet(True)))  # kept whole: rows are compared
+    save_table(sorted(rows, key=lambda row: list(KINDS).index(row["kind"])), about, "figures", "deploy", SHOWN)
     click.echo(f"deploy: {path}")
 
 

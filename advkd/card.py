@@ -10,7 +10,7 @@ from torchvision.utils import save_image
 
 from advkd.denoiser import Denoiser
 from advkd.files import write_atomic, write_text
-from advkd.presets import TRAIN_TIMESTEPS, UserError, late_fields
+from advkd.presets import ASSETS, TRAIN_TIMESTEPS, UserError, late_fields
 from advkd.student import Student, count_parameters
 
 CARD, GRID = "README.md", "samples.png"
@@ -74,7 +74,8 @@ def run_facts(made: dict) -> dict:
     """
     preset, teacher = made["preset"], made.get("teacher") or {}
     source, images = teacher.get("source") or preset.get("teacher", ""), preset.get("images", "")
-    known = source.startswith(SHIPPED) or teacher.get("revision")
+    of_hub = source.count("/") == 1 and not source.startswith((".", "~")) and not Path(source).exists()
+    known = is_shipped(source) or of_hub or teacher.get("revision")
     shown = {"teacher": source if known else Path(source).name}
     shown |= {"images": images if images.startswith(HUB) else Path(images).name} if images else {}
     shown |= {"features": Path(preset["features"]).name} if preset.get("features") else {}
@@ -198,7 +199,12 @@ def _front_matter(preset: dict, facts: dict) -> ModelCardData:
 
 def _is_ours(preset: dict) -> bool:
     """Whether a student has learnt from nothing but what the package ships."""
-    return bool(preset) and preset["data"] in DATA and preset["teacher"].startswith(SHIPPED)
+    return bool(preset) and preset["data"] in DATA and is_shipped(preset["teacher"]) and not preset["features"]
+
+
+def is_shipped(teacher: str) -> bool:
+    """Whether a teacher comes with the package."""
+    return teacher.startswith(SHIPPED) and (ASSETS.parent / teacher).is_dir()
 
 
 def _about(student: Student | Denoiser) -> str:
@@ -247,7 +253,7 @@ def _origin(preset: dict, facts: dict) -> str:
     if facts.get("teacher_revision"):
         where = f"[{teacher}](https://huggingface.co/{teacher}), revision `{facts['teacher_revision']}`"
     else:
-        where = f"`{teacher}`, " + ("shipped with `advkd`" if teacher.startswith(SHIPPED) else "a folder")
+        where = f"`{teacher}`, " + ("shipped with `advkd`" if is_shipped(teacher) else "a folder")
     count = _value(made.get("trajectories", preset["trajectories"]))
     return (
         f"- Real images: {data}; {used}\n"

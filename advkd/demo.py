@@ -65,8 +65,7 @@ def build_demo(source: Path | str | StudentPipeline, folder: Path | str, runtime
     export_onnx(student, folder / MODEL, heads=student.config.training_heads)
     if about["generator"] != MODEL:
         export_onnx(student.generator(), folder / GENERATOR)
-    how = "full" if student.config.latent == "full" else "block-mean"  # as StudentPipeline makes them
-    latents = make_latent(seeded_noise(range(about["count"]), student.image_shape, SEED), how)
+    latents = make_latent(seeded_noise(range(about["count"]), student.image_shape, SEED), student.sampled_from)
     write_atomic(folder / LATENTS, lambda file: file.write_bytes(latents.numpy().astype("<f4").tobytes()))
     write_json(folder / ABOUT, about)
     return about
@@ -95,7 +94,7 @@ def describe_student(student: Student, preset: dict) -> dict:
         "parameters": count_parameters(student),
         "generator_parameters": count_parameters(student.generator()),
         "submodules": submodules,
-        "latent": "full" if config.latent == "full" else "block-mean",
+        "latent": student.sampled_from,
         "latent_shape": list(student.latent_shape),
         "image_shape": list(student.image_shape),
         "heads": heads if config.training_heads else heads[-1:],

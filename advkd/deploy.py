@@ -32,6 +32,7 @@ VARIANTS = ("torch float32", "torch bfloat16", "torch compiled", "torch in strip
 TRAINED = ("torch float32", "onnx float32", "onnx int8")
 BATCH = 64  # of the throughput
 CALLS = (5, 300)  # the least and the most of a row
+ONE_BY_ONE = 20  # the least where a student makes one image at a time, and the least that have a 95th percentile
 FD_IMAGES, FD_SEED = 5000, 1
 SHOWN = {
     "name": "what",
@@ -47,7 +48,19 @@ SHOWN = {
     "gflop_per_image": "GFLOP per image",
     "parameters": "parameters",
     "fd_train": "FD-digits, train",
+    "device": "device",
     "error": "error",
+}
+SUMMARY = {
+    "name": "what",
+    "variant": "variant",
+    "threads": "threads",
+    "ms_per_image": "ms per image",
+    "p95_ms": "95 % within, ms",
+    "times_paper": "times as fast as the paper's student",
+    "cpu_seconds_per_image": "CPU-seconds per image",
+    "peak_memory_mb": "peak MB",
+    "file_mb": "MB on disk",
 }
 SUBMODULES = {
     "recipe": "recipe",
@@ -60,10 +73,10 @@ SUBMODULES = {
 
 
 def cases(preset: str = "celebahq", min_seconds: float = 2.0) -> list[Case]:
-    """All rows for a preset's sizes with random weights: one image at a time on one thread and on all, and batches on all;
+    """All rows for a preset's sizes with random weights: one image at a time on one thread, on two and on all, and batches on all;
     and, of a trained student of the digits, one at a time on one thread."""
     threads = torch.get_num_threads()
-    about, alone = {"preset": preset, "min_seconds": min_seconds}, sorted({1, threads})
+    about, alone = {"preset": preset, "min_seconds": min_seconds}, sorted({1, min(2, threads), threads})
     found = [Case("teacher", "teacher step", "torch float32", 1, threads=n, **about) for n in alone]
     for name in ("paper student", "improved student"):
         for n, batch in [*((n, 1) for n in alone), (threads, BATCH)]:
@@ -77,9 +90,14 @@ def deploy(chosen: list[Case], student: StudentPipeline | None = None) -> Iterat
     """Measure the cases one after the other, each in a new process; yields rows, after a teacher's step what 50 and 1000
     of them take. `student` is a trained one of the digits, for the rows of the kind "trained".
 
-    `ms_per_image` is a median; `p95_ms` the time that 95 % of the calls did not exceed, of a whole batch each;
-    `cpu_seconds_per_image`, of all threads, stands for energy.
+    `ms_per_image` is a median; `p95_ms` the time that 95 % of the calls did not exceed, of a whole batch each, None for fewer
+    than 20; `cpu_seconds_per_image`, of all threads, stands for energy. Raises UserError for a student that is not made
+    of submodules or whose images are no digits.
     """
+    if student is not None and getattr(student.student, "image_shape", None) != load_preset("digits").image_shape:
+        raise UserError(f"the student makes images of {student.student.image_shape}, but the trained one's are digits")
+    if student is not None and not isinstance(student, StudentPipeline):
+        raise UserError("the student is a few-step one (a U-Net); only students made of submodules are exported")
     with tempfile.TemporaryDirectory() as folder:
         chosen = [case for case in chosen if case.kind != "trained" or student is not None]
         for name in sorted({case.name for case in chosen if case.kind != "teacher"}):
@@ -124,14 +142,13 @@ def _teacher(case: Case, device: torch.device, folder: Path) -> dict:
 
 
 def _student(case: Case, device: torch.device, folder: Path) -> dict:
-    preset = load_preset(case.preset, case.name.split()[0])
-    about = _counted(preset) | {"dtype": "int8" if case.variant == "onnx int8" else "float32"}
+    about = _counted(folder / case.name) | {"dtype": "int8" if case.variant == "onnx int8" else "float32"}
     if case.variant.startswith("onnx"):
         file = folder / case.name / case.variant
         return about | {"file_mb": file.stat().st_size / 1e6} | _onnx(file, case)
     before = memory_mb(device, restart=True)
     student = StudentPipeline.from_pretrained(folder / case.name).student.eval()
-    about |= {"file_mb": about["parameters"] * 4e-6} | _torch(student, case.variant, case)
+    about |= _torch(student, case.variant, case)
     return about if before is None else about | {"peak_memory_mb": memory_mb(device) - before}
 
 
@@ -163,11 +180,11 @@ def _onnx(file: Path, case: Case) -> dict:
 def _trained(case: Case, device: torch.device, folder: Path) -> dict:
     """A trained student's time as that of another, and the distance of its images."""
     about, preset = _student(case, device, folder), load_preset(case.preset)
+    pipeline = StudentPipeline.from_pretrained(folder / case.name)
     if case.variant.startswith("onnx"):
         noise = seeded_noise(range(FD_IMAGES), preset.image_shape, FD_SEED)
-        images = sample_onnx(folder / case.name / case.variant, make_latent(noise, preset.latent))
+        images = sample_onnx(folder / case.name / case.variant, make_latent(noise, pipeline.student.sampled_from))
     else:
-        pipeline = StudentPipeline.from_pretrained(folder / case.name)
         images = sample_student(pipeline, FD_IMAGES, FD_SEED, progress=False)
     fd = Metric(preset.data).distance(images, load_images(preset, "train")[0])
     return about | {"fd_train": fd, "images": FD_IMAGES}
@@ -176,27 +193,28 @@ def _trained(case: Case, device: torch.device, folder: Path) -> dict:
 KINDS = {"teacher": _teacher, "student": _student, "trained": _trained}
 
 
-def _counted(preset: Preset) -> dict:
-    """Parameters of the deployable generator and its billions of operations for an image, counted without computing."""
+def _counted(folder: Path) -> dict:
+    """Parameters of a saved generator, its billions of operations for an image, counted without computing, and its weights
+    on disk."""
     with torch.device("meta"):
-        student = Student.from_preset(preset)
-        operations = gflop_per_submodule(student)
-    parts = [*(stage.layers for stage in student.stages), student.stages[-1].terminal]
-    gflop = sum(layers for layers, _ in operations) + operations[-1][1]
-    return {"parameters": sum(map(count_parameters, parts)), "gflop_per_image": gflop}
+        student = Student.from_config(Student.load_config(folder / "student"))
+        gflop = sum(map(sum, gflop_per_submodule(student)))
+    mb = sum(file.stat().st_size for file in (folder / "student").glob("*.safetensors")) / 1e6
+    return {"parameters": count_parameters(student), "gflop_per_image": gflop, "file_mb": mb}
 
 
 @torch.inference_mode()
 def _calls(call: Callable[[], object], case: Case) -> dict:
     """Times of a call, repeated for at least `min_seconds` after one that warms up, and what of the processor they took."""
     call()
+    least = ONE_BY_ONE if case.batch == 1 and case.kind != "teacher" else CALLS[0]
     times, cpu, start = [], time.process_time(), time.perf_counter()
-    while len(times) < CALLS[0] or (time.perf_counter() - start < case.min_seconds and len(times) < CALLS[1]):
+    while len(times) < least or (time.perf_counter() - start < case.min_seconds and len(times) < CALLS[1]):
         before = time.perf_counter()
         call()
         times.append(1e3 * (time.perf_counter() - before))
     cpu = (time.process_time() - cpu) / len(times) / case.batch
-    p95 = statistics.quantiles(times, n=20, method="inclusive")[-1]
+    p95 = statistics.quantiles(times, n=20, method="inclusive")[-1] if len(times) >= ONE_BY_ONE else None
     found = {"ms_per_image": statistics.median(times) / case.batch, "p95_ms": p95, "calls": len(times)}
     return found | {"cpu_seconds_per_image": cpu}
 
@@ -292,13 +310,17 @@ def targets(rows: list[dict]) -> list[dict]:
     The best deployable student is the fastest of the improved one's rows, one image at a time on all threads.
     """
     measured = [row for row in rows if row.get("ms_per_image")]
-    threads = max(row["threads"] for row in measured)
+    threads = max((row["threads"] for row in measured), default=1)
     one = {(row["name"], row["variant"], row["threads"]): row for row in measured if row["batch"] == 1}
     trained = {v: one.get(("improved student, digits", v, 1)) for v in TRAINED}
     ours = [row for (name, _, n), row in one.items() if name == "improved student" and n == threads]
-    best = min(ours, key=lambda row: row["ms_per_image"])
-    paper = one["paper student", "torch float32", threads]
-    teacher = one["teacher, 1000 steps", "torch float32", threads]
+    best = min(ours, key=lambda row: row["ms_per_image"], default=None)
+    paper = one.get(("paper student", "torch float32", threads))
+    teacher = one.get(("teacher, 1000 steps", "torch float32", threads))
+    if None in (best, paper, teacher):
+        raise UserError(
+            "figures/deploy.json lacks a row of teacher or students; measure it again: python -m advkd deploy"
+        )
     asked = [
         (
             f"256 px: {best['variant']}, times as fast as the paper's student",
@@ -313,7 +335,8 @@ def targets(rows: list[dict]) -> list[dict]:
             50_000,
         ),
     ]
-    pairs = [("256 px", *(one["improved student", f"onnx {v}", 1] for v in ("float32", "int8")))]
+    pairs = [("256 px", *(one.get(("improved student", f"onnx {v}", 1)) for v in ("float32", "int8")))]
+    pairs = [pair for pair in pairs if all(pair)]
     if all(trained.values()):
         pairs.insert(0, ("digits", trained["onnx float32"], trained["onnx int8"]))
         fd = trained["onnx int8"]["fd_train"] / trained["onnx float32"]["fd_train"]
@@ -333,23 +356,32 @@ def targets(rows: list[dict]) -> list[dict]:
     ]
 
 
+def summary(rows: list[dict]) -> list[dict]:
+    """What one image takes on all threads, as `SUMMARY` shows it: the rows of the README's table."""
+    threads = max(row["threads"] for row in rows)
+    found = [row for row in rows if row["batch"] == 1 and row["threads"] == threads and row["kind"] != "trained"]
+    found = [row for row in found if row.get("ms_per_image")]
+    paper = next(row for row in found if row["name"] == "paper student" and row["variant"] == "torch float32")
+    return [row | {"times_paper": paper["ms_per_image"] / row["ms_per_image"]} for row in found]
+
+
 def protocol(preset: str) -> dict:
     """What the numbers depend on beside their own fields."""
     packages = ("torch", "onnx", "onnxruntime")
     return {
         "preset": preset,
-        "weights": "random at the preset's size: time and memory do not depend on them; digits: a trained student, seed 0",
-        "ms_per_image": f"median of {CALLS[0]} to {CALLS[1]} calls (`calls`) after one; a process a row",
-        "p95_ms": "the time that 95 % of the calls did not exceed, each of a whole batch",
+        "weights": "random at the preset's size: time and memory do not depend on them; digits: a trained student, see `trained`",
+        "ms_per_image": f"median of {CALLS[0]} to {CALLS[1]} calls (`calls`) after one, of one image {ONE_BY_ONE} at least; a process a row",
+        "p95_ms": f"the time that 95 % of the calls did not exceed, each of a whole batch; none for fewer than {ONE_BY_ONE} calls",
         "cpu_seconds_per_image": "of all threads, waiting ones that spin with them: stands for energy",
         "peak_memory_mb": "peak resident memory over that of the process before the model was loaded",
-        "file_mb": "onnx: of the file; torch: parameters in float32; 10^6 bytes",
+        "file_mb": "onnx: of the file; torch: of the weights (safetensors, float32), the teacher's counted; 10^6 bytes",
         "teacher, 50 and 1000 steps": "not measured: so many times the row of one step",
         "torch": "channels last",
         "torch in strips": f"the submodules of the full size in {STRIPS} strips",
-        "onnx int8": "static, per channel, 7-bit weights, QDQ; calibrated on 16 to 256 latents",
+        "onnx int8": "static, per channel, 7-bit weights, QDQ; activations to the 99.99th percentile of 4 to 256 latents",
         "fd_train": f"{FD_IMAGES} images of sampling seed {FD_SEED}, to the digits' train split",
         "bfloat16": "measured" if cpu_has_bfloat16() else "not measured: this CPU has no instructions for it",
-        "platform": platform.platform(terse=True),
+        "platform": f"{platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
     }

@@ -46,19 +46,33 @@ def export_onnx(student: Student, file: Path, *, heads: bool = False) -> dict:
 
     The input `latent` is float32 `(b, *student.latent_shape)`, standard normal, of any batch size b; the outputs are images in
     [-1, 1], see `output_names`. Batch normalisation is folded into the convolutions. Returns `max_difference` from torch over
-    all outputs, and `file_mb` (10^6 bytes). Raises UserError, and writes nothing, where the difference exceeds 1e-4, where
+    all outputs of four latents, and `file_mb` (10^6 bytes). Raises UserError, and writes nothing, where the difference exceeds 1e-4, where
     `heads` are asked of a student that has the last one alone, and without the packages of the extra "onnx".
     """
-    onnx, _ = _packages()
+    onnx = _packages()
     device, training = student.device, student.training
     model = _Heads(student) if heads else student.generator()
-    model.eval().cpu()
-    latent = torch.randn(2, *student.latent_shape, generator=torch.Generator().manual_seed(0))
+    try:
+        proto = _bare(_exported(model.eval().cpu(), student.latent_shape, output_names(student, heads)))
+        about = {"latent_shape": student.latent_shape, "image_shape": student.image_shape}
+        onnx.helper.set_model_props(proto, {"advkd": json.dumps(about | {"submodules": len(student.stages)})})
+        difference = _difference(proto.SerializeToString(), model, student.latent_shape)
+    finally:
+        student.to(device).train(training)
+    if not difference <= TOLERANCE:
+        raise UserError(
+            f"the exported student differs from torch by {difference:.3g}, more than {TOLERANCE}; not written"
+        )
+    write_atomic(Path(file), lambda temporary: temporary.write_bytes(proto.SerializeToString()))
+    return {"max_difference": difference, "file_mb": Path(file).stat().st_size / 1e6}
+
+
+def _exported(model: nn.Module, latent_shape: tuple[int, int, int], names: list[str]):
+    latent = torch.randn(2, *latent_shape, generator=torch.Generator().manual_seed(0))
     model(latent)  # a student that has no other heads refuses here
-    names = output_names(student, heads)
     for noisy in ("torch.onnx", "onnxscript", "onnx_ir"):  # they tell every pass
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    program = torch.onnx.export(
+    return torch.onnx.export(
         model,
         (latent,),
         dynamo=True,
@@ -67,22 +81,7 @@ def export_onnx(student: Student, file: Path, *, heads: bool = False) -> dict:
         output_names=names,
         opset_version=OPSET,
         verbose=False,
-    )
-    proto = _bare(program.model_proto)
-    about = {
-        "latent_shape": student.latent_shape,
-        "image_shape": student.image_shape,
-        "submodules": len(student.stages),
-    }
-    onnx.helper.set_model_props(proto, {"advkd": json.dumps(about)})
-    difference = _difference(proto.SerializeToString(), model, student.latent_shape)
-    student.to(device).train(training)
-    if not difference <= TOLERANCE:
-        raise UserError(
-            f"the exported student differs from torch by {difference:.3g}, more than {TOLERANCE}; not written"
-        )
-    write_atomic(Path(file), lambda temporary: temporary.write_bytes(proto.SerializeToString()))
-    return {"max_difference": difference, "file_mb": Path(file).stat().st_size / 1e6}
+    ).model_proto
 
 
 def quantize_onnx(source: Path, file: Path, latents: Tensor | None = None) -> dict:
@@ -93,7 +92,7 @@ def quantize_onnx(source: Path, file: Path, latents: Tensor | None = None) -> di
     `max_difference` and `mean_difference` of the images from the float32 file's on the first calibration latents, and
     `file_mb`. Raises UserError for a file that `export_onnx` did not write.
     """
-    onnx, _ = _packages()
+    onnx = _packages()
     from onnxruntime.quantization import (
         CalibrationDataReader,
         CalibrationMethod,
@@ -151,14 +150,15 @@ def quantize_onnx(source: Path, file: Path, latents: Tensor | None = None) -> di
 
 
 def calibration_latents(about: dict) -> Tensor:
-    """Latents of a seed of their own: 256, or as many as make four million numbers of images, but at least 16."""
-    count = max(16, min(CALIBRATION, 2**22 // math.prod(about["image_shape"])))
+    """Latents of a seed of their own: 256, or as many as make four million numbers of images, but at least 4: the calibration
+    keeps every activation of all of them."""
+    count = max(4, min(CALIBRATION, 2**22 // math.prod(about["image_shape"])))
     return sample_noise(sample_generators(range(count), CALIBRATION_SEED), about["latent_shape"])
 
 
 def read_about(file: Path) -> dict:
     """What `export_onnx` wrote about a file: `latent_shape`, `image_shape`, `submodules`; `bits`, of an 8-bit one."""
-    onnx, _ = _packages()
+    onnx = _packages()
     try:
         kept = {prop.key: prop.value for prop in onnx.load(str(file), load_external_data=False).metadata_props}
         return json.loads(kept["advkd"])
@@ -170,7 +170,7 @@ def read_about(file: Path) -> dict:
 
 def open_session(file: Path | bytes, threads: int = 0):
     """The file in ONNX Runtime on the CPU, an `onnxruntime.InferenceSession`; `threads` 0 leaves their number to it."""
-    _, runtime = _packages()
+    runtime = _runtime()
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     return runtime.InferenceSession(file if isinstance(file, bytes) else str(file), options, ["CPUExecutionProvider"])
@@ -214,8 +214,16 @@ def _no_advice(record: logging.LogRecord) -> bool:
 def _packages():
     try:
         import onnx
-        import onnxruntime
+        import onnxruntime  # noqa: F401, what is exported is run
         import onnxscript  # noqa: F401, torch's exporter needs it
     except ImportError as error:
         raise UserError(f"an export needs the package {error.name!r}: pip install 'advkd[onnx]'") from error
-    return onnx, onnxruntime
+    return onnx
+
+
+def _runtime():
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError("an ONNX file runs in the package 'onnxruntime': pip install 'advkd[onnx]'") from error
+    return onnxruntime

@@ -294,7 +294,7 @@ def _logarithmic(ax: Axes, axes: str = "xy") -> None:
         ax.set(**{f"{name}scale": "log"})
         axis = getattr(ax, f"{name}axis")
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter("{x:g}")
+        axis.set_major_formatter("{x:,.9g}")
         axis.set_minor_formatter(NullFormatter())
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from advkd.card import (
     CARD,
-    GRID,
     call_options,
     checked_facts,
     save_grid,
@@ -66,31 +65,40 @@ class SharedPipeline(DiffusionPipeline):
 
         Arguments are those of diffusers. With `push_to_hub`, and with nothing else, what was written goes to the hub, other
         files of the folder do not: to `repo_id` (default: the folder's name) with `commit_message`, `private`, `token`,
-        `create_pr` and `subfolder` as in `push_to_hub`; returns its commit then.
+        `create_pr` and `subfolder` as in `push_to_hub`; returns its commit then. Raises UserError for `safe_serialization=False`.
         """
+        if not safe_serialization:
+            raise UserError(
+                "safe_serialization is False, which would pickle the weights; they are saved as safetensors alone"
+            )
         names = ("repo_id", "commit_message", "private", "token", "create_pr", "subfolder")
         hub, folder, repository = {name: kwargs.pop(name, None) for name in names}, Path(save_directory), None
         if push_to_hub:
             about = {"private": hub["private"], "token": hub["token"], "exist_ok": True}
             repository = create_repo(hub["repo_id"] or folder.absolute().name, **about).repo_id
+
         # The card comes first, since model_index.json, which diffusers writes last, says that a folder is whole.
-        self._write_card(folder, repository or ".", variant)
-        super().save_pretrained(folder, safe_serialization, variant, max_shard_size, **kwargs)
-        for path in (folder / INDEX, folder / "student" / "config.json"):
-            config = json.loads(path.read_text(encoding="utf-8"))
-            if config.pop("_name_or_path", None) is not None:  # where it was loaded from is nobody else's concern
-                write_json(path, config)
+        def save(there: Path) -> None:
+            self._write_card(there, repository or ".", variant)
+            super(SharedPipeline, self).save_pretrained(there, safe_serialization, variant, max_shard_size, **kwargs)
+            for path in (there / INDEX, there / "student" / "config.json"):
+                config = json.loads(path.read_text(encoding="utf-8"))
+                if config.pop("_name_or_path", None) is not None:  # where it was loaded from is nobody else's concern
+                    write_json(path, config)
+
+        save(folder)
         if not push_to_hub:
             return None
-        return upload_folder(
-            repo_id=repository,
-            folder_path=folder,
-            path_in_repo=hub["subfolder"],
-            commit_message=hub["commit_message"] or f"Upload {type(self).__name__}",
-            token=hub["token"],
-            create_pr=hub["create_pr"],
-            allow_patterns=[INDEX, CARD, GRID, "student/*"],
-        )
+        with tempfile.TemporaryDirectory() as alone:  # what else lies in the folder stays here
+            save(Path(alone))
+            return upload_folder(
+                repo_id=repository,
+                folder_path=alone,
+                path_in_repo=hub["subfolder"],
+                commit_message=hub["commit_message"] or f"Upload {type(self).__name__}",
+                token=hub["token"],
+                create_pr=hub["create_pr"],
+            )
 
     def push_to_hub(
         self,
@@ -170,8 +178,7 @@ class StudentPipeline(SharedPipeline):
         shape = self.student.image_shape
         generators = _generators(batch_size, seed, first_index, output_type)
         noise = _checked(sample_noise(generators, shape) if noise is None else noise, shape, self.student.latent_shape)
-        how = "full" if self.student.config.latent == "full" else "block-mean"
-        latent = make_latent(noise.to(self.device), how).to(self.student.dtype)
+        latent = make_latent(noise.to(self.device), self.student.sampled_from).to(self.student.dtype)
         training = self.student.training
         images = self.student.eval()(latent, stage).float()
         self.student.train(training)

@@ -71,14 +71,17 @@ def reproduce(preset: str, parameters: dict[str, str], force: bool = False) -> i
 
 
 def update_readme(root: Path) -> None:
-    """Put the regenerated Table 1 of the digits, and its floor, between the README's markers for them."""
+    """Put the regenerated Table 1 of the digits, its floor and what an image takes between the README's markers for them."""
     readme, figures = root / "README.md", root / "figures" / "digits"
     if not readme.exists() or not (figures / "table1.json").exists():
         return
     protocol = json.loads((figures / "table1.json").read_text())["protocol"]
     mean, sd = (protocol[f"floor_random_splits{end}"] for end in ("", "_sd"))
     text = readme.read_text(encoding="utf-8")
-    for name, value in (("table1", f"\n{(figures / 'table1.md').read_text()}"), ("floor", f"{mean:.2f} ± {sd:.2f}")):
+    shown = {"table1": f"\n{(figures / 'table1.md').read_text()}", "floor": f"{mean:.2f} ± {sd:.2f}"}
+    if (figures / "deploy_summary.md").exists():
+        shown["deploy"] = f"\n{(figures / 'deploy_summary.md').read_text()}"
+    for name, value in shown.items():
         before, _, rest = text.partition(f"<!-- {name} -->")
         _, end, after = rest.partition(f"<!-- /{name} -->")
         text = f"{before}<!-- {name} -->{value}{end}{after}" if end else text

@@ -99,6 +99,9 @@ def train_run(
     where = pick_device(device)
     about = this | {"device": str(where), "dtype": precision(preset.train_dtype, where)}
     about |= {"threads": torch.get_num_threads()}
+    for name in ("device", "dtype"):  # of a training that went on elsewhere, all of them
+        if (before := spent.get(name, about[name])) != about[name]:
+            about[name] = before if before.endswith(about[name]) else f"{before}, then {about[name]}"
     about |= {"teacher": {"source": trajectories.teacher or preset.teacher, "revision": trajectories.revision}}
     about |= {"processes": count} if count > 1 else {}
     if rank == 0:

@@ -147,6 +147,11 @@ class Student(ModelMixin, ConfigMixin):
         side = self.config.image_size_px if self.config.latent == "full" else LATENT_SIDE
         return self.config.channels, side, side
 
+    @property
+    def sampled_from(self) -> str:
+        """What of the seeded noise it is sampled from, see `data.make_latent`: whatever it was trained on, N(0, 1)."""
+        return "full" if self.config.latent == "full" else "block-mean"
+
     def _walk(self, latent: Tensor, stage: int) -> Iterator[Tensor]:
         """The features after submodules 0..`stage`."""
         features = latent

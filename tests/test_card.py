@@ -390,3 +390,10 @@ def test_the_readme_says_how_to_share():
     assert text.count("```") % 2 == 0
     assert 'pipeline.push_to_hub("me/my-student", private=True)' in text
     assert 'save_pretrained(folder, push_to_hub=True, repo_id="me/my-student")' in text
+
+
+def test_a_student_is_not_pickled(tmp_path):
+    pipeline = StudentPipeline(Student.from_preset(load_preset("digits", submodules=3, widths=(4, 6))))
+    with pytest.raises(UserError, match="safe_serialization is False, which would pickle the weights"):
+        pipeline.save_pretrained(tmp_path / "student", safe_serialization=False)
+    assert not (tmp_path / "student").exists()
