@@ -299,31 +299,34 @@ def sample(student: Path, count: int, seed: int, steps: int, out: Path):
 
 @cli.command()
 @STUDENT
+@click.option("--format", "kind", type=click.Choice(["onnx"]), default="onnx", help="Of the file.")
+@click.option("--int8", is_flag=True, help="8 bits a number: a third of the size, and faster.")
+@click.option("--heads", is_flag=True, help="All submodules' images, not the last one alone.")
 @click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), help="Keep the page in this folder, ready to publish."
+    "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="A file: any that ends with .onnx."
 )
-@click.option("--port", type=click.IntRange(0, 65535), default=0, show_default="a free one", help="Port on 127.0.0.1.")
-@click.option("--no-serve", is_flag=True, help="Only write the folder --out.")
-def demo(student: Path, out: Path | None, port: int, no_serve: bool):
-    """Show a trained student (a run folder or a pipeline folder) in the browser, where it generates by itself.
-
-    The page brings onnxruntime-web along where `make web` has fetched it; else it takes it from cdn.jsdelivr.net.
-    """
+def export(student: Path, kind: str, int8: bool, heads: bool, out: Path):
+    """Write a trained student as a file for devices without torch, and compare it with torch."""
     from tempfile import TemporaryDirectory
 
-    from advkd.demo import build_demo, fetched_runtime, serve_demo
+    from advkd.export import TOLERANCE, export_onnx, quantize_onnx
+    from advkd.pipeline import StudentPipeline
+    from advkd.run import load_run
 
-    if no_serve and not out:
-        raise UserError("--no-serve without --out leaves nothing behind; say where to write: --out FOLDER")
-    with TemporaryDirectory(prefix="advkd-demo-") as temporary:
-        folder = out or Path(temporary)
-        runtime = build_demo(student, folder, fetched_runtime())["runtime"]
-        where = (
-            "in the folder itself" if runtime["base"] == "ort/" else f"{runtime['base']} ('make web' brings it along)"
+    pipeline = load_run(student)
+    if not isinstance(pipeline, StudentPipeline):
+        raise UserError(f"{student} holds a few-step student (a U-Net); only students made of submodules are exported")
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "float32.onnx" if int8 else out
+        made = export_onnx(pipeline.student, file, heads=heads)
+        click.echo(
+            f"float32: {made['file_mb']:.3f} MB, differs from torch by {made['max_difference']:.2g} (at most {TOLERANCE:g})"
         )
-        click.echo(f"page: {folder}, with {runtime['package']} {runtime['version']} from {where}")
-        if not no_serve:
-            serve_demo(folder, port)
+        if int8:
+            made = quantize_onnx(file, out)
+            apart = f"{made['mean_difference']:.2g} in the mean, {made['max_difference']:.2g} at most"
+            click.echo(f"int8: {made['file_mb']:.3f} MB, its images differ from float32's by {apart}")
+    click.echo(f"export: {out}")
 
 
 @cli.command()
@@ -347,7 +350,7 @@ def evaluate(
     inception: str | None,
     few: bool,
 ):
-    """Compare a student's images with the real ones; writes a row with its protocol."""
+    """Compare a student's images with the real ones; writes a row with its protocol, and into the student's card."""
     from advkd.data import reference_images
     from advkd.evaluation import Metric, protocol, sample_student, student_latency_ms, student_row
     from advkd.files import write_json
@@ -372,7 +375,12 @@ def evaluate(
     row |= metric.evaluate(samples, train_images, heldout, few) | {
         "ms_per_image": student_latency_ms(pipeline, steps=steps)
     }
-    write_json(out, {"protocol": protocol(metric, count, seed, train_images, heldout), "rows": [row]})
+    judged = protocol(metric, count, seed, train_images, heldout)
+    write_json(out, {"protocol": judged, "rows": [row]})
+    try:
+        pipeline.add_measurement(row, judged, pipeline.name_or_path)
+    except OSError as error:  # a student that is only lent, which is no reason to lose the row
+        click.echo(f"advkd: the model card of {student} stays as it is ({error})", err=True)
     click.echo(f"{metric.label} {row['fd_train']:.3f} (train), {row['fd_heldout']:.3f} (held out): {out}")
 
 
@@ -498,6 +506,39 @@ def benchmark(name: str, device: str, batches: tuple[int, ...], kinds: tuple[str
         save_table(presented(rows), protocol(name), "figures", "benchmark", SHOWN)
     save_figure(plot_benchmark(presented(rows)), "figures", "benchmark")
     click.echo(f"benchmark: {path}")
+
+
+@cli.command()
+@click.argument("student", type=click.Path(path_type=Path), required=False)
+@click.option("--preset", "name", default="celebahq", help="Whose sizes, with random weights: celebahq, cifar10, ...")
+@click.option("--only", "kinds", multiple=True, help="Only teacher, student or trained (several times); others stay.")
+def deploy(student: Path | None, name: str, kinds: tuple[str, ...]):
+    """Measure what teacher and students take on this CPU, in torch and as ONNX files, in figures/deploy.* (20 minutes).
+
+    STUDENT is a trained one of the digits (default: the one that `make reproduce` trains).
+    """
+    from tqdm import tqdm
+
+    from advkd.deploy import KINDS, SHOWN, cases, protocol
+    from advkd.deploy import deploy as run
+    from advkd.figures import figures_folder, save_table
+    from advkd.files import quiet
+    from advkd.run import default_run, load_run
+
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise UserError(f"there is no kind {unknown[0]!r}; kinds: {', '.join(KINDS)}")
+    chosen = [case for case in cases(name) if not kinds or case.kind in kinds]
+    trained = any(case.kind == "trained" for case in chosen)
+    pipeline = load_run(student or default_run(load_preset("digits"))) if trained else None
+    path = figures_folder("figures") / "deploy.json"
+    earlier = json.loads(path.read_text(encoding="utf-8")) if kinds and path.exists() else None
+    rows = earlier["rows"] if earlier and earlier["protocol"] == protocol(name) else []
+    rows = [row for row in rows if row["kind"] not in kinds]
+    for row in tqdm(run(chosen, pipeline), total=len(chosen), unit="row", disable=quiet(True)):
+        rows.append(row)
+        ordered = sorted(rows, key=lambda row: list(KINDS).index(row["kind"]))
+        save_table(ordered, protocol(name), "figures", "deploy", SHOWN)
+    click.echo(f"deploy: {path}")
 
 
 @cli.command()

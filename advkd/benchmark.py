@@ -69,6 +69,9 @@ class Case:
     min_seconds: float = 1.0
 
 
+Kinds = dict[str, Callable[[Case, torch.device], dict]]
+
+
 def cases(preset: str, device: str, batches: tuple[int, ...] = (1, 64), min_seconds: float = 1.0) -> list[Case]:
     """All rows for a preset on a device. On a CPU the teacher is measured one image at a time, and training with 8."""
     about = {"preset": preset, "device": device, "threads": torch.get_num_threads(), "min_seconds": min_seconds}
@@ -86,16 +89,17 @@ def cases(preset: str, device: str, batches: tuple[int, ...] = (1, 64), min_seco
     return [Case(*row, **about) for row in rows]
 
 
-def benchmark(chosen: list[Case]) -> Iterator[dict]:
+def benchmark(chosen: list[Case], kinds: Kinds | None = None) -> Iterator[dict]:
     """Measure the cases one after the other, each in a new process, so that its peak memory is its own; yields rows.
 
+    `kinds` (default: KINDS) measure a case, given the device: a function for each kind, which another process can import.
     `ms_per_image` is a median. `gflop_per_image` counts two for a multiplication with its sum.
     `peak_memory_mb`: on a CPU the process' resident memory over what it had with the package imported, on a GPU what torch allocated.
     """
     for case in chosen:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             try:
-                row = pool.submit(measure, case).result()
+                row = pool.submit(measure, case, kinds).result()
             except BrokenProcessPool:
                 row = _about(case) | {"error": "its process was killed (out of memory?)"}
         yield row
@@ -140,15 +144,15 @@ def protocol(preset: str) -> dict:
     }
 
 
-def measure(case: Case) -> dict:
-    """One row; what cannot be measured (no compiler, no memory) leaves its `error` there."""
+def measure(case: Case, kinds: Kinds | None = None) -> dict:
+    """One row, see `benchmark`; what cannot be measured (no compiler, no memory) leaves its `error` there."""
     torch.set_num_threads(case.threads)
     device = pick_device(case.device)
     if device.type == "cuda":  # TF32 for products, as convolutions have it
         torch.set_float32_matmul_precision("high")
     about, before = _about(case) | {"device": _device_name(device)}, memory_mb(device, restart=True)
     try:
-        found = KINDS[case.kind](case, device)
+        found = (kinds or KINDS)[case.kind](case, device)
     except Exception as error:  # of any library: a benchmark goes on
         return about | {"error": first_line(error)}
     if before is not None:

@@ -194,6 +194,47 @@ def plot_benchmark(rows: list[dict]) -> Figure:
     return figure
 
 
+def plot_deploy(rows: list[dict]) -> Figure:
+    """What one image takes, a line for each model and variant: time (a bar up to what 95 % of the calls took), the processor's
+    time, peak memory, size on disk; a colour for each number of threads."""
+    frame = pd.DataFrame([row for row in rows if row.get("ms_per_image") and row["batch"] == 1])
+    frame["label"] = [name if "teacher" in name else f"{name}, {v}" for name, v in zip(frame["name"], frame.variant)]
+    fields = {
+        "ms_per_image": "ms per image",
+        "cpu_seconds_per_image": "CPU-seconds per image",
+        "peak_memory_mb": "peak memory, MB",
+        "file_mb": "on disk, MB",
+    }
+    size = (11, 0.27 * frame.label.nunique() + 1)
+    figure, axes = plt.subplots(1, len(fields), figsize=size, sharey=True, layout="constrained")
+    colours = dict(zip(sorted(frame.threads.unique()), (IMPROVED_RECIPE, PAPER_RECIPE, TEACHER), strict=False))
+    for ax, (field, label) in zip(axes, fields.items(), strict=True):
+        sns.stripplot(
+            frame, x=field, y="label", hue="threads", palette=colours, jitter=False, size=6, ax=ax, legend=ax is axes[0]
+        )
+        ax.set(xscale="log", xlabel=label, ylabel="")
+        ax.grid(axis="y", visible=True)
+    places = {label: place for place, label in enumerate(frame.label.unique())}
+    for row in frame.dropna(subset=["p95_ms"]).to_dict("records"):
+        span = [row["ms_per_image"], row["p95_ms"]]
+        axes[0].plot(span, [places[row["label"]]] * 2, color=colours[row["threads"]], lw=1.5)
+    sns.move_legend(axes[0], "upper right", title="threads", fontsize=7.5, title_fontsize=7.5)
+    return figure
+
+
+def plot_costs(rows: list[dict]) -> Figure:
+    """Time and activations of every submodule, a bar each; a colour for each recipe."""
+    frame, fields = pd.DataFrame(rows), {"ms": "ms", "activations_mb": "activations at once, MB"}
+    frame["label"] = [f"{row['submodule']}\n{row['image_px']} px" for row in rows]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 2.8), layout="constrained")
+    for ax, (field, label) in zip(axes, fields.items(), strict=True):
+        sns.barplot(frame, x="label", y=field, hue="recipe", palette=COLOURS, ax=ax, legend=ax is axes[0])
+        ax.set(xlabel="submodule", ylabel=label)
+        ax.tick_params(axis="x", labelsize=7)
+        ax.grid(axis="x", visible=False)
+    return figure
+
+
 def plot_settings(rows: list[dict], groups: Sequence[str], field: str, label: str, lines: dict[str, float]) -> Figure:
     """A panel for each group of ablation rows: every seed's `field` as a dot, mean and standard deviation of a setting.
 

@@ -1,25 +1,154 @@
-"""Distilled students as diffusers pipelines: noise to images in one call."""
+"""Distilled students as diffusers pipelines: noise to images in one call, and a folder or a repository to share."""
 
+import json
+import math
+import os
+import tempfile
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
+from huggingface_hub import CommitInfo, create_repo, upload_folder
 from torch import Tensor
 
+from advkd.card import (
+    CARD,
+    GRID,
+    call_options,
+    checked_facts,
+    save_grid,
+    with_measurement,
+    write_card,
+    write_measurements,
+)
 from advkd.data import make_latent, sample_generators, sample_noise
 from advkd.denoiser import Denoiser
+from advkd.files import locked, write_json
 from advkd.presets import UserError
 from advkd.student import Student
 
 OUTPUT_TYPES = ("pil", "np", "pt")
+INDEX = "model_index.json"  # what diffusers knows a saved pipeline by
 
 
-class StudentPipeline(DiffusionPipeline):
-    """One-step sampling: `StudentPipeline.from_pretrained(folder)(batch_size=16, seed=0).images`."""
+class SharedPipeline(DiffusionPipeline):
+    """What both pipelines have in common: a student, what is known of it, and how it is saved and shared.
 
-    def __init__(self, student: Student):
+    `facts` (see `card.run_facts`) travel in `model_index.json`, so that whoever loads a student and saves it elsewhere
+    keeps them. Raises UserError when they are no dictionary that JSON can write.
+    """
+
+    def __init__(self, student: Student | Denoiser, facts: dict | None = None):
         super().__init__()
         self.register_modules(student=student)
+        self.register_to_config(facts=checked_facts(facts))
+
+    @property
+    def facts(self) -> dict:
+        """A copy of what is known of the student; empty for a pipeline made by hand."""
+        return checked_facts(self.config["facts"])
+
+    def record(self, **facts) -> None:
+        """Add to the facts, in place of earlier ones of the same names."""
+        self.register_to_config(facts=checked_facts(self.facts | facts))
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> CommitInfo | None:
+        """Write the pipeline with its model card (`README.md`) and a grid of its images (`samples.png`).
+
+        Arguments are those of diffusers. With `push_to_hub`, and with nothing else, what was written goes to the hub, other
+        files of the folder do not: to `repo_id` (default: the folder's name) with `commit_message`, `private`, `token`,
+        `create_pr` and `subfolder` as in `push_to_hub`; returns its commit then.
+        """
+        names = ("repo_id", "commit_message", "private", "token", "create_pr", "subfolder")
+        hub, folder, repository = {name: kwargs.pop(name, None) for name in names}, Path(save_directory), None
+        if push_to_hub:
+            about = {"private": hub["private"], "token": hub["token"], "exist_ok": True}
+            repository = create_repo(hub["repo_id"] or folder.absolute().name, **about).repo_id
+        # The card comes first, since model_index.json, which diffusers writes last, says that a folder is whole.
+        self._write_card(folder, repository or ".", variant)
+        super().save_pretrained(folder, safe_serialization, variant, max_shard_size, **kwargs)
+        for path in (folder / INDEX, folder / "student" / "config.json"):
+            config = json.loads(path.read_text(encoding="utf-8"))
+            if config.pop("_name_or_path", None) is not None:  # where it was loaded from is nobody else's concern
+                write_json(path, config)
+        if not push_to_hub:
+            return None
+        return upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            path_in_repo=hub["subfolder"],
+            commit_message=hub["commit_message"] or f"Upload {type(self).__name__}",
+            token=hub["token"],
+            create_pr=hub["create_pr"],
+            allow_patterns=[INDEX, CARD, GRID, "student/*"],
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+    ) -> CommitInfo:
+        """Create the repository `repo_id` on the hub where there is none, and send it what `save_pretrained` writes.
+
+        Arguments are those of diffusers, but the card that goes up is ours, in place of one that is there.
+        """
+        hub = {"commit_message": commit_message, "private": private, "token": token, "create_pr": create_pr}
+        with tempfile.TemporaryDirectory() as folder:
+            files = {"safe_serialization": safe_serialization, "variant": variant, "subfolder": subfolder}
+            return self.save_pretrained(folder, push_to_hub=True, repo_id=repo_id, **files, **hub)
+
+    def add_measurement(self, row: dict, protocol: dict, folder: Path | str | None = None) -> None:
+        """Keep a measured row with its protocol, in place of an earlier one by the same metric in as many steps.
+
+        With `folder`, where this pipeline was saved, its card says so too. Only the card's measurements are written anew:
+        what its owner wrote around them stays. Raises UserError when no pipeline was saved there.
+        """
+        self.record(**with_measurement(self.facts, row, protocol))
+        if folder is None:
+            return
+        path = Path(folder) / INDEX
+        if not path.exists():
+            raise UserError(f"{folder} holds no pipeline (no {INDEX}); save it there first: save_pretrained")
+        with locked(path):
+            index = json.loads(path.read_text(encoding="utf-8"))
+            kept = {"measurements": (index.get("facts") or {}).get("measurements", [])}
+            self.record(**with_measurement(self.facts | kept, row, protocol))
+            write_json(path, index | {"facts": self.facts})
+            if (Path(folder) / CARD).exists():
+                write_measurements(Path(folder), self.facts)
+            else:
+                self._write_card(Path(folder))
+
+    def _write_card(self, folder: Path, source: str = ".", variant: str | None = None) -> None:
+        options = call_options(self.student)
+        count = options.pop("batch_size")
+        size = max(1, 2**20 // math.prod(self.student.image_shape))  # of a batch, since training may fill the memory
+        parts = range(0, count, size)
+        images = [self(min(size, count - i), first_index=i, output_type="pt", **options).images.cpu() for i in parts]
+        save_grid(torch.cat(images), folder)
+        write_card(folder, type(self).__name__, self.student, self.facts, source, variant)
+
+
+class StudentPipeline(SharedPipeline):
+    """One-step sampling: `StudentPipeline.from_pretrained(folder)(batch_size=16, seed=0).images`."""
+
+    def __init__(self, student: Student, facts: dict | None = None):
+        super().__init__(student, facts)
 
     @torch.no_grad()
     def __call__(
@@ -49,12 +178,11 @@ class StudentPipeline(DiffusionPipeline):
         return _output(images, output_type)
 
 
-class FewStepPipeline(DiffusionPipeline):
+class FewStepPipeline(SharedPipeline):
     """Sampling in a few steps: `FewStepPipeline.from_pretrained(folder)(batch_size=16, seed=0, steps=2).images`."""
 
-    def __init__(self, student: Denoiser):
-        super().__init__()
-        self.register_modules(student=student)
+    def __init__(self, student: Denoiser, facts: dict | None = None):
+        super().__init__(student, facts)
 
     @torch.no_grad()
     def __call__(
@@ -81,13 +209,13 @@ class FewStepPipeline(DiffusionPipeline):
         training, timesteps = student.training, timesteps[:: len(timesteps) // steps]
         student.eval()
         times = torch.tensor(timesteps, device=xt.device)[:, None].expand(-1, count)
-        x0 = student(xt, times[0]).clamp(-1, 1)
+        x0 = student(xt.to(student.dtype), times[0]).clamp(-1, 1)
         for t, following in pairwise(times):
             if student.config.deterministic:
                 xt = student.ddim(xt, x0, t, following)
             else:
                 xt = student.noised(x0, sample_noise(generators, student.latent_shape).to(xt), following)
-            x0 = student(xt, following).clamp(-1, 1)
+            x0 = student(xt.to(student.dtype), following).clamp(-1, 1)
         student.train(training)
         return _output(x0, output_type)
 

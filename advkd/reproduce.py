@@ -14,10 +14,11 @@ from papermill.exceptions import PapermillExecutionError
 from advkd import files
 from advkd.presets import ASSETS, UserError, load_preset
 
-NOTEBOOKS = ("01_teacher", "02_submodules", "03_train", "04_evaluate", "05_ablations")
-STUDIES = {
-    "05_ablations": ("quality", "ablations")
-}  # committed tables that a notebook reads; without them it is left out
+NOTEBOOKS = ("01_teacher", "02_submodules", "03_train", "04_evaluate", "05_ablations", "07_deploy")
+STUDIES = {  # committed tables below figures/ that a notebook reads; without them it is left out
+    "05_ablations": ("{preset}/quality", "{preset}/ablations"),
+    "07_deploy": ("deploy",),
+}
 
 
 def reproduce(preset: str, parameters: dict[str, str], force: bool = False) -> int:
@@ -42,7 +43,7 @@ def reproduce(preset: str, parameters: dict[str, str], force: bool = False) -> i
     for name in NOTEBOOKS:
         given = {"preset": preset} | {k: _typed(v) for k, v in parameters.items() if k in declared[name]}
         source = root / "notebooks" / f"{name}.ipynb"
-        studies = [root / "figures" / preset / f"{table}.json" for table in STUDIES.get(name, ())]
+        studies = [root / "figures" / f"{t.format(preset=preset)}.json" for t in STUDIES.get(name, ())]
         if missing := [path for path in studies if not path.exists()]:
             rows.append((name, 0.0, f"left out: no {missing[0].relative_to(root)}", []))
             continue

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
+from advkd.card import run_facts
 from advkd.data import load_images
 from advkd.denoiser import Denoiser
 from advkd.devices import pick_device, precision, processes
@@ -54,6 +55,13 @@ def run_dir(preset: Preset, trajectories: TrajectoryStore) -> Path:
     return Path("runs") / preset.name / f"{preset.recipe}-{config_hash(made_from)}"
 
 
+def default_run(preset: Preset) -> Path:
+    """Where `make reproduce` leaves the preset's student; of a store that is not made yet too, for a message's sake."""
+    teacher = load_teacher(preset)
+    where = trajectory_dir(teacher, preset)
+    return run_dir(preset, TrajectoryStore(where)) if where.exists() else Path("runs") / preset.name / preset.recipe
+
+
 def train_run(
     preset: Preset,
     trajectories: TrajectoryStore,
@@ -66,9 +74,9 @@ def train_run(
 ) -> Iterator[TrainRecord]:
     """Train the preset's student in `folder`; yields all its records, those of an earlier, interrupted call first.
 
-    The folder then holds `student/` (a StudentPipeline), `curves.csv`, TensorBoard events in `logs/`, the checkpoint and
-    `run.json`: preset, configuration of the trajectories, device, what it computed in, threads, processes, seconds by the
-    clock and of the CPU. A finished run is only read. Raises UserError when the folder holds another run or, without
+    The folder then holds `student/` (a StudentPipeline with its model card), `curves.csv`, TensorBoard events in `logs/`, the
+    checkpoint and `run.json`: preset, configuration of the trajectories, teacher, device, what it computed in, threads,
+    processes, seconds by the clock and of the CPU. A finished run is only read. Raises UserError when the folder holds another run or, without
     `resume`, when it holds any.
     """
     folder = Path(folder)
@@ -91,6 +99,7 @@ def train_run(
     where = pick_device(device)
     about = this | {"device": str(where), "dtype": precision(preset.train_dtype, where)}
     about |= {"threads": torch.get_num_threads()}
+    about |= {"teacher": {"source": trajectories.teacher or preset.teacher, "revision": trajectories.revision}}
     about |= {"processes": count} if count > 1 else {}
     if rank == 0:
         write_json(folder / RUN, about | {clock: spent.get(clock, 0.0) for clock in CLOCKS})
@@ -116,6 +125,7 @@ def train_run(
                 )
             bar.update()
             yield record
+    pipeline.record(**run_facts(about))  # without the clocks: the same training makes the same files
     pipeline.save_pretrained(folder / PIPELINE)
 
 
@@ -234,7 +244,10 @@ def finish(records: Iterable[TrainRecord]) -> TrainRecord:
 
 
 def load_run(folder: Path | str) -> StudentPipeline:
-    """The finished student of a run folder, or a pipeline folder itself. Raises UserError when it is neither."""
+    """The finished student of a run folder, or a pipeline folder itself, with what `run.json` says among its facts.
+
+    Raises UserError when it is neither.
+    """
     for path in (Path(folder) / PIPELINE, Path(folder)):
         if (path / "model_index.json").exists():
             diffusers_logging.disable_progress_bar()  # one component, nothing to wait for
@@ -244,6 +257,8 @@ def load_run(folder: Path | str) -> StudentPipeline:
             except Exception as error:  # diffusers and safetensors raise many kinds for a foreign or a damaged folder
                 raise UserError(f"{path} holds no readable student ({first_line(error)})") from error
             pipeline.student.eval()
+            if made := read_run(path):
+                pipeline.record(**run_facts(made))
             return pipeline
     if (Path(folder) / CHECKPOINT).exists():
         raise UserError(f"{folder} holds a training that was interrupted; go on with it: the same command and --resume")

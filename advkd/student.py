@@ -149,14 +149,23 @@ class Student(ModelMixin, ConfigMixin):
 
     def _walk(self, latent: Tensor, stage: int) -> Iterator[Tensor]:
         """The features after submodules 0..`stage`."""
-        features, side = latent, LATENT_SIDE
+        features = latent
         for k, submodule in enumerate(self.stages[: stage + 1]):
-            size = resolution(k, len(self.stages), self.config.image_size_px)
-            if self.config.latent == "full" and size > side:
-                noise = F.pixel_unshuffle(block_mean(latent, size), size // side)
-                features = torch.cat([features, noise], dim=1) if k else noise
-            features, side = submodule.layers(features), size
+            features = submodule.layers(self.given(features, latent, k))
             yield features
+
+    def given(self, features: Tensor, latent: Tensor, k: int) -> Tensor:
+        """What the layers of submodule `k` take: the features after submodule k - 1 (of the first, the latent), and beside
+        them, where its image grows and the latent is the whole noise, the noise's block means."""
+        side, size = features.shape[-1] if k else LATENT_SIDE, self.resolution(k)
+        if self.config.latent != "full" or size == side:
+            return features
+        noise = F.pixel_unshuffle(block_mean(latent, size), size // side)
+        return torch.cat([features, noise], dim=1) if k else noise
+
+    def resolution(self, k: int) -> int:
+        """Side in pixels of submodule k's image."""
+        return resolution(k, len(self.stages), self.config.image_size_px)
 
     def images(self, latent: Tensor, stage: int | None = None, first: int | None = None) -> list[Tensor]:
         """The images of submodules 0..`stage` (default: all) in one pass, coarse to fine.

@@ -331,6 +331,7 @@ class TrajectoryStore:
             )
         self.config, self.shards = manifest["config"], manifest["shards"]
         self.teacher = manifest.get("teacher")  # where its weights came from; the configuration has their fingerprint
+        self.revision = manifest.get("revision")  # the commit of the hub, None for a folder
         self.preset = manifest.get("preset")  # its name
         if (have := sum(s["count"] for s in self.shards.values())) < len(self):
             raise UserError(f"{folder} holds {have} of {len(self)} trajectories; run the command that made it again")

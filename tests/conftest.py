@@ -32,6 +32,7 @@ def quiet_and_single_threaded():
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ADVKD_PROGRESS", "0")
+        patch.setenv("OMP_NUM_THREADS", "1")  # of the processes that tests start, beside other tests
         yield
 
 

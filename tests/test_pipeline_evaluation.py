@@ -114,7 +114,8 @@ def test_pipeline_refuses_what_does_not_exist(pipeline):
 
 def test_a_saved_pipeline_is_the_same(tmp_path, pipeline):
     pipeline.save_pretrained(tmp_path)
-    assert {file.suffix for file in tmp_path.rglob("*") if file.is_file()} == {".json", ".safetensors"}
+    kinds = {file.suffix for file in tmp_path.rglob("*") if file.is_file()}
+    assert kinds == {".json", ".safetensors", ".md", ".png"}
     expected = pipeline(3, seed=4, output_type="pt").images
     for loaded in (StudentPipeline.from_pretrained(tmp_path), load_run(tmp_path)):
         assert torch.equal(loaded(3, seed=4, output_type="pt").images, expected)

@@ -42,7 +42,7 @@ def test_runs_in_order_then_skips_then_notices_a_changed_figure(project, capsys)
 
 
 def test_a_notebook_reads_its_studies_or_is_left_out(project, monkeypatch, capsys):
-    monkeypatch.setattr(reproduce, "STUDIES", {"b": ("quality",)})
+    monkeypatch.setattr(reproduce, "STUDIES", {"b": ("{preset}/quality",)})
     assert reproduce.reproduce("digits", {}) == 0
     assert "left out: no figures/digits/quality.json" in capsys.readouterr().out
     for rows in ("[1]", "[1, 2]"):  # a changed study is read again

@@ -415,7 +415,7 @@ def test_a_finished_run_is_only_read_and_holds_no_pickle(tmp_path, every, paper,
     assert list(run.train_run(paper, store, tmp_path, device="cpu")) == records
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()} == files
     kept = [file for file in files if file.parent != tmp_path / "logs"]
-    assert {file.suffix for file in kept} == {".safetensors", ".json", ".csv"}
+    assert {file.suffix for file in kept} == {".safetensors", ".json", ".csv", ".md", ".png"}
     assert all(file.name.startswith("events.out.tfevents") for file in files if file not in kept)
     assert {file.name for file in kept} >= {"checkpoint.safetensors", "curves.csv", "run.json", "model_index.json"}
     with (tmp_path / "curves.csv").open(newline="") as file:
