@@ -142,6 +142,8 @@ def _teacher(case: Case, device: torch.device, folder: Path) -> dict:
 
 
 def _student(case: Case, device: torch.device, folder: Path) -> dict:
+    if case.variant not in VARIANTS:
+        raise UserError(f"there is no variant {case.variant!r}; variants: {', '.join(VARIANTS)}")
     about = _counted(folder / case.name) | {"dtype": "int8" if case.variant == "onnx int8" else "float32"}
     if case.variant.startswith("onnx"):
         file = folder / case.name / case.variant

@@ -35,6 +35,8 @@ from advkd.data import load_images, make_latent, reference_images, seeded_noise
 from advkd.deploy import SHOWN, SUBMODULES, SUMMARY, activations_mb, in_strips, submodule_costs, summary, targets
 from advkd.evaluation import Metric, milliseconds, sample_student
 from advkd.export import INPUT, export_onnx, open_session, quantize_onnx, sample_onnx
+
+# %%
 from advkd.figures import (
     IMPROVED_RECIPE,
     PAPER_RECIPE,
@@ -157,7 +159,7 @@ assert small["file_mb"] <= 0.35 * exact["file_mb"] and small["fd"] <= 1.15 * exa
 # ## At the paper's size
 #
 # 256 px, random weights (time and memory do not depend on them), the teacher beside them: one measured step, times 50 and
-# 1000. Each row comes from a process of its own, all from one machine in one call of `python -m advkd deploy`.
+# 1000. Each row comes from a process of its own, all from one machine (`python -m advkd deploy`).
 
 # %%
 deployed = json.loads(Path("figures/deploy.json").read_text())
@@ -237,3 +239,28 @@ _ = save_figure(figure, f"figures/{preset}", "strips")
 
 # %% [markdown]
 # Beyond a few strips the submodule before, at 128 px, is the peak, and more strips only compute more rows twice.
+#
+# ## What was learned
+#
+# - **Parameters do not tell the time.** The improved student has a third more of them than the paper's and a tenth of the
+#   operations. It is faster by about that in every library, since the paper's has 128 channels where the image is largest.
+# - **The library and eight bits count once more.** On the processor above, on one thread, ONNX Runtime takes 13 to 21 % off
+#   torch's time, and 8 bits a third off that. On one with VNNI or bfloat16 the order may be another: measure on yours.
+# - **Batch normalisation is free**, folded into the convolutions; the ten training-time heads too, left out.
+# - **Memory is the last submodule's.** Strips halve the activations and more, for 4 to 12 % of the time on one thread; what is
+#   left of the resident memory is weights and the library's own.
+# - **What did not help**: batches, of which torch made an image slower.
+#
+# ## Measure it again
+#
+# ```sh
+# python -m advkd deploy                  # all rows, twenty minutes of an idle machine
+# python -m advkd deploy --only trained   # the digits' student alone
+# ```
+#
+# ## Exercises
+#
+# 1. Export a student with `latent="full"` (`-p overrides` of notebook 3). How much does its larger input cost?
+# 2. `quantize_onnx` calibrates on latents N(0, 1). What happens to the distance with eight of them, and with latents twice as large?
+# 3. The improved widths at 256 px are 160, 128, 96, 48, 24, 16. Find widths with the same parameters and half the time. What does
+#    `submodule_costs` say about the price of the first submodules?

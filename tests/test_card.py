@@ -14,7 +14,6 @@ from click.testing import CliRunner
 from diffusers.pipelines import pipeline_utils
 from diffusers.utils import hub_utils
 from huggingface_hub import ModelCard
-from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 
 from advkd import card, pipeline, run
@@ -62,11 +61,9 @@ def hub(monkeypatch):
         calls.created.append((repo_id, options))
         return SimpleNamespace(repo_id=repo_id if "/" in repo_id else f"me/{repo_id}")
 
-    def upload_folder(*, folder_path, allow_patterns, **options):
-        asked["upload_folder"].bind(folder_path=folder_path, allow_patterns=allow_patterns, **options)
-        paths = [p.relative_to(folder_path).as_posix() for p in Path(folder_path).rglob("*") if p.is_file()]
-        allowed = filter_repo_objects(paths, allow_patterns=allow_patterns)
-        calls.sent.append((options, {path: (Path(folder_path) / path).read_bytes() for path in allowed}))
+    def upload_folder(*, folder_path, **options):
+        asked["upload_folder"].bind(folder_path=folder_path, **options)
+        calls.sent.append((options, contents(Path(folder_path))))
         return SimpleNamespace(oid="a commit")
 
     def unwanted(*_, **__):
@@ -353,7 +350,8 @@ def test_push_to_hub_sends_weights_index_card_and_grid(request, tmp_path, kind, 
 def test_save_pretrained_sends_only_what_it_saved(tmp_path, by_hand, hub, offline):
     folder = tmp_path / "my-student"
     folder.mkdir()
-    for name in ("checkpoint.safetensors", "notes.txt", "logs.json"):
+    (folder / "student").mkdir()
+    for name in ("checkpoint.safetensors", "notes.txt", "logs.json", "student/of-another-time.safetensors"):
         (folder / name).write_text("private")
     assert by_hand.save_pretrained(folder, push_to_hub=True).oid == "a commit"
     ((how, files),) = hub.sent
@@ -389,7 +387,7 @@ def test_the_readme_says_how_to_share():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert text.count("```") % 2 == 0
     assert 'pipeline.push_to_hub("me/my-student", private=True)' in text
-    assert 'save_pretrained(folder, push_to_hub=True, repo_id="me/my-student")' in text
+    assert 'save_pretrained("my-student", push_to_hub=True, repo_id="me/my-student", private=True)' in text
 
 
 def test_a_student_is_not_pickled(tmp_path):

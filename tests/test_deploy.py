@@ -84,7 +84,7 @@ def test_rows_of_a_trained_student_have_its_distance_and_its_file(trained, monke
         assert row["parameters"] == count_parameters(generator)
         assert row["gflop_per_image"] == pytest.approx(gflop_per_image(generator))
     buffers = sum(b.numel() for b in generator.buffers() if b.is_floating_point())
-    assert torch_row["file_mb"] == pytest.approx(4e-6 * (row["parameters"] + buffers), rel=0.3)  # and a header
+    assert 0 < torch_row["file_mb"] - 4e-6 * (row["parameters"] + buffers) < 0.01  # a header
     for row in (torch_row, exact, small):
         assert row["threads"] == 1 and row["calls"] >= 20
         assert 0 < row["ms_per_image"] <= row["p95_ms"] and row["cpu_seconds_per_image"] > 0
@@ -173,6 +173,7 @@ def test_the_command_writes_a_table(tmp_path, monkeypatch, trained):
     monkeypatch.setattr(module, "benchmark", in_this_process)
     monkeypatch.setattr(module, "FD_IMAGES", 100)
     monkeypatch.setattr(module, "CALLS", (2, 2))
+    monkeypatch.setattr(module, "ONE_BY_ONE", 2)
     run = CliRunner().invoke(cli, ["deploy", str(tmp_path / "student"), "--only", "trained"])
     assert run.exit_code == 0, run.output
     made = json.loads((tmp_path / "figures" / "deploy.json").read_text())
