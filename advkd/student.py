@@ -1,5 +1,6 @@
 """The one-step student: K submodules that play the teacher's denoising phases, each with a head of its own."""
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from functools import cache
 
@@ -261,4 +262,5 @@ def match_parameters(preset: Preset, wanted: int) -> Preset:
         tuple(max(2, round(width * tenths / 20) * 2) for width in preset.widths): None for tenths in range(2, 120)
     }
     fitting = [preset.replace(widths=widths) for widths in scaled]
-    return min(fitting, key=lambda p: abs(parameters(p) - wanted))
+    at = bisect_left(fitting, wanted, key=parameters)  # they grow with the widths, and counting takes a student each
+    return min(fitting[max(at - 1, 0) : at + 1], key=lambda p: abs(parameters(p) - wanted))
