@@ -218,7 +218,9 @@ def plot_deploy(rows: list[dict]) -> Figure:
     for row in frame.dropna(subset=["p95_ms"]).to_dict("records"):
         span = [row["ms_per_image"], row["p95_ms"]]
         axes[0].plot(span, [places[row["label"]]] * 2, color=colours[row["threads"]], lw=1.5)
-    sns.move_legend(axes[0], "upper right", title="threads", fontsize=7.5, title_fontsize=7.5)
+    handles = axes[0].get_legend_handles_labels()
+    axes[0].get_legend().remove()
+    figure.legend(*handles, title="threads", fontsize=7.5, title_fontsize=7.5, loc="outside right upper", frameon=False)
     return figure
 
 
