@@ -318,9 +318,7 @@ def demo(student: Path, out: Path | None, port: int, no_serve: bool):
     with TemporaryDirectory(prefix="advkd-demo-") as temporary:
         folder = out or Path(temporary)
         runtime = build_demo(student, folder, fetched_runtime())["runtime"]
-        where = (
-            "in the folder itself" if runtime["base"] == "ort/" else f"{runtime['base']} ('make web' brings it along)"
-        )
+        where = "the folder itself" if runtime["base"] == "ort/" else f"{runtime['base']} ('make web' brings it along)"
         click.echo(f"page: {folder}, with {runtime['package']} {runtime['version']} from {where}")
         if not no_serve:
             serve_demo(folder, port)
@@ -331,14 +329,15 @@ def demo(student: Path, out: Path | None, port: int, no_serve: bool):
 @click.option("--format", "kind", type=click.Choice(["onnx"]), default="onnx", help="Of the file.")
 @click.option("--int8", is_flag=True, help="8 bits a number.")
 @click.option("--heads", is_flag=True, help="All submodules' images, not the last one alone.")
+@click.option("--tolerance", type=float, default=1e-4, help="The largest difference from torch, of values in [-1, 1].")
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="A file: any that ends with .onnx."
 )
-def export(student: Path, kind: str, int8: bool, heads: bool, out: Path):
+def export(student: Path, kind: str, int8: bool, heads: bool, tolerance: float, out: Path):
     """Write a trained student as a file for devices without torch, and compare it with torch."""
     from tempfile import TemporaryDirectory
 
-    from advkd.export import TOLERANCE, export_onnx, quantize_onnx
+    from advkd.export import export_onnx, quantize_onnx
     from advkd.pipeline import StudentPipeline
     from advkd.run import load_run
 
@@ -347,9 +346,9 @@ def export(student: Path, kind: str, int8: bool, heads: bool, out: Path):
         raise UserError(f"{student} holds a few-step student (a U-Net); only students made of submodules are exported")
     with TemporaryDirectory() as folder:
         file = Path(folder) / "float32.onnx" if int8 else out
-        made = export_onnx(pipeline.student, file, heads=heads)
+        made = export_onnx(pipeline.student, file, heads=heads, tolerance=tolerance)
         click.echo(
-            f"float32: {made['file_mb']:.3f} MB, differs from torch by {made['max_difference']:.2g} (at most {TOLERANCE:g})"
+            f"float32: {made['file_mb']:.3f} MB, differs from torch by {made['max_difference']:.2g} (at most {tolerance:g})"
         )
         if int8:
             made = quantize_onnx(file, out)

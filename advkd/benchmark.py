@@ -18,7 +18,6 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from advkd.data import from_uint8, to_uint8
@@ -201,6 +200,8 @@ def _timed(call: Callable[[], object], images: int, case: Case) -> dict:
 
 
 def _median_ms(call: Callable[[], object], case: Case) -> float:
+    from torch.utils.benchmark import Timer  # its import looks for CUDA's compiler and says so
+
     call()
     timer = Timer("call()", globals={"call": call}, num_threads=case.threads)
     return 1e3 * timer.blocked_autorange(min_run_time=case.min_seconds).median

@@ -41,12 +41,12 @@ def output_names(student: Student, heads: bool = False) -> list[str]:
     return [f"head_{k}" for k in range(len(student.stages) - 1) if heads] + [OUTPUT]
 
 
-def export_onnx(student: Student, file: Path, *, heads: bool = False) -> dict:
+def export_onnx(student: Student, file: Path, *, heads: bool = False, tolerance: float = TOLERANCE) -> dict:
     """Write the deployable generator (or, with `heads`, all submodules' images) as ONNX; compare it with torch.
 
     The input `latent` is float32 `(b, *student.latent_shape)`, standard normal, of any batch size b; the outputs are images in
     [-1, 1], see `output_names`. Batch normalisation is folded into the convolutions. Returns `max_difference` from torch over
-    all outputs of four latents, and `file_mb` (10^6 bytes). Raises UserError, and writes nothing, where the difference exceeds 1e-4, where
+    all outputs of four latents, and `file_mb` (10^6 bytes). Raises UserError, and writes nothing, where the difference exceeds `tolerance`, where
     `heads` are asked of a student that has the last one alone, and without the packages of the extra "onnx".
     """
     onnx = _packages()
@@ -59,9 +59,9 @@ def export_onnx(student: Student, file: Path, *, heads: bool = False) -> dict:
         difference = _difference(proto.SerializeToString(), model, student.latent_shape)
     finally:
         student.to(device).train(training)
-    if not difference <= TOLERANCE:
+    if not difference <= tolerance:
         raise UserError(
-            f"the exported student differs from torch by {difference:.3g}, more than {TOLERANCE}; not written"
+            f"the exported student differs from torch by {difference:.3g}, more than {tolerance:g}; not written (--tolerance)"
         )
     write_atomic(Path(file), lambda temporary: temporary.write_bytes(proto.SerializeToString()))
     return {"max_difference": difference, "file_mb": Path(file).stat().st_size / 1e6}

@@ -170,8 +170,8 @@ _ = save_figure(plot_deploy(deployed["rows"]), f"figures/{preset}", "deploy")
 Markdown(markdown([row for row in deployed["rows"] if row["batch"] == 1], SHOWN))
 
 # %% [markdown]
-# Many images at a time, on all threads. Not everything gains by it: what one image needs fits into a processor's cache, 64 of
-# these sizes do not, and torch is slower an image than one by one.
+# Many images at a time, on all threads. Nothing gains by it: one image of this size keeps all threads busy, and torch is slower
+# an image than one by one.
 
 # %% tags=["nbval-ignore-output"]
 Markdown(markdown([row for row in deployed["rows"] if row["batch"] > 1], SHOWN))
@@ -189,7 +189,7 @@ Markdown(markdown(verdicts, {field: field for field in verdicts[0]}))
 #
 # At 256 px, one image, float32, measured here and now. Operations grow with the area, so the paper's eleven equal phases are
 # not equal at all: its last one, at 256 px, takes two thirds of them. The improved student is narrow where the images are
-# large, and spends its operations evenly.
+# large: a quarter of its operations are the last submodule's.
 
 # %%
 costs = [row for recipe in ("paper", "improved") for row in submodule_costs(load_preset("celebahq", recipe))]
@@ -244,12 +244,12 @@ _ = save_figure(figure, f"figures/{preset}", "strips")
 #
 # - **Parameters do not tell the time.** The improved student has a third more of them than the paper's and a tenth of the
 #   operations. It is faster by about that in every library, since the paper's has 128 channels where the image is largest.
-# - **The library and eight bits count once more.** On the processor above, on one thread, ONNX Runtime takes 13 to 21 % off
+# - **The library and eight bits count once more.** On the processor above, at 256 px and on one thread, ONNX Runtime takes 13 to 21 % off
 #   torch's time, and 8 bits a third off that. On one with VNNI or bfloat16 the order may be another: measure on yours.
 # - **Batch normalisation is free**, folded into the convolutions; the ten training-time heads too, left out.
 # - **Memory is the last submodule's.** Strips halve the activations and more, for 4 to 12 % of the time on one thread; what is
 #   left of the resident memory is weights and the library's own.
-# - **What did not help**: batches, of which torch made an image slower.
+# - **What did not help**: batches.
 #
 # ## Measure it again
 #
