@@ -159,7 +159,7 @@ assert small["file_mb"] <= 0.35 * exact["file_mb"] and small["fd"] <= 1.15 * exa
 # ## At the paper's size
 #
 # 256 px, random weights (time and memory do not depend on them), the teacher beside them: one measured step, times 50 and
-# 1000. Each row comes from a process of its own, all from one machine (`python -m advkd deploy`).
+# 1000. Each row comes from a process of its own, all from one machine (`python -m advkd deploy`); the students' rows of one image at a time come from a second call, half an hour after the teacher's.
 
 # %%
 deployed = json.loads(Path("figures/deploy.json").read_text())
