@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from advkd.presets import UserError, load_preset, own_preset
+from advkd.presets import Preset, UserError, load_preset, own_preset
 
 
 class _Commands(click.Group):
@@ -81,25 +81,37 @@ STUDENT = click.argument("student", type=click.Path(path_type=Path))
 @click.option("--resume", is_flag=True, help="Go on from an interrupted run in the same folder.")
 def teacher(name: str, out: Path, steps: int, seed: int, resume: bool):
     """Train a small diffusion teacher on the preset's train split and save it in diffusers format."""
+    from advkd.files import alone
+
+    with alone(out):
+        _teach(load_preset(name), out, steps, seed, resume)
+    click.echo(f"teacher: {out}")
+
+
+def _teach(preset: Preset, out: Path, steps: int, seed: int, resume: bool) -> None:
     from tqdm import tqdm
 
     from advkd.data import load_images, reference_images
-    from advkd.files import read_records, write_csv
+    from advkd.files import quiet, read_records, remove_halves, write_csv
     from advkd.teacher import TeacherRecord, new_teacher, save_teacher, train_teacher
 
-    checkpoint, preset = out / "checkpoint.safetensors", load_preset(name)
+    checkpoint = out / "checkpoint.safetensors"
     if (out / "model_index.json").exists():
-        raise UserError(f"{out} holds a finished teacher; choose another folder or remove it")
+        if not resume:
+            raise UserError(f"{out} holds a finished teacher; choose another folder or remove it")
+        checkpoint.unlink(missing_ok=True)  # of a run that ended just before it did so itself
+        return
     if checkpoint.exists() and not resume:
         raise UserError(f"{out} holds an interrupted run; go on with --resume, or remove it")
     unet, scheduler = new_teacher(preset, seed)
     train, heldout = load_images(preset, "train")[0], reference_images(preset, "heldout", 600)[0]
+    remove_halves(out)
     records = train_teacher(
         unet, scheduler, train, heldout, steps=steps, seed=seed, checkpoint=checkpoint, resume=resume
     )
     earlier = out / "curve.csv"
     curve = read_records(earlier, TeacherRecord) if resume and earlier.exists() else []
-    bar, recent = tqdm(total=steps, unit="step"), []
+    bar, recent = tqdm(total=steps, unit="step", disable=quiet(True)), []
     for record in records:
         bar.update(record.step - bar.n)
         recent.append(record.loss)
@@ -108,10 +120,9 @@ def teacher(name: str, out: Path, steps: int, seed: int, resume: bool):
             curve.append(replace(record, loss=sum(recent) / len(recent)))  # the mean since the last point
             recent.clear()
             bar.set_postfix(loss=f"{record.loss:.4f}", heldout=f"{record.heldout_loss:.4f}")
-            write_csv(out / "curve.csv", curve)
+            write_csv(earlier, curve)
     save_teacher(unet, scheduler, out)
     checkpoint.unlink()
-    click.echo(f"teacher: {out}")
 
 
 @cli.command()
@@ -126,7 +137,7 @@ def extractor(name: str, out: Path, steps: int, learning_rate: float, seed: int)
     from tqdm import tqdm
 
     from advkd.data import FACTORS, load_images, reference_images
-    from advkd.extractor import Extractor, accuracy, train_extractor
+    from advkd.extractor import Extractor, accuracy, save_extractor, train_extractor
 
     if (out / "config.json").exists():
         raise UserError(f"{out} holds a finished extractor; choose another folder or remove it")
@@ -139,7 +150,7 @@ def extractor(name: str, out: Path, steps: int, learning_rate: float, seed: int)
         train_extractor(model, *train, steps=steps, learning_rate=learning_rate, seed=seed), total=steps, unit="step"
     ):
         pass
-    model.save_pretrained(out)
+    save_extractor(model, out)
     click.echo(f"extractor: {out}, accuracy on held-out images {accuracy(model, *heldout):.4f}")
 
 

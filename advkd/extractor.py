@@ -4,16 +4,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 
 from advkd.data import batch_generator, from_uint8
-from advkd.files import fingerprint
+from advkd.files import fingerprint, first_line, writing
 from advkd.presets import ASSETS, UserError
 
 FEATURES = 64
@@ -97,12 +99,22 @@ def accuracy(extractor: Extractor, images: Tensor, labels: Tensor) -> float:
     return (found == torch.stack(torch.unravel_index(labels, extractor.sizes))).all(0).float().mean().item()
 
 
+def save_extractor(extractor: Extractor, folder: Path) -> None:
+    """Write an extractor in diffusers format; `config.json` comes last and says that it is whole."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder, prefix=".half.") as half:
+            extractor.save_pretrained(half)
+            for file in sorted(Path(half).iterdir(), key=lambda file: file.name == "config.json"):
+                file.replace(folder / file.name)
+
+
 def load_extractor(folder: Path | str = ASSETS / "digits-extractor") -> Extractor:
     """A trained extractor, by default the shipped one. Raises UserError that names the folder when it holds none."""
     try:
         return Extractor.from_pretrained(folder, use_safetensors=True).eval()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no feature extractor: {error}") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder} holds no feature extractor ({first_line(error)})") from error
 
 
 @torch.no_grad()

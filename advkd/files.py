@@ -5,14 +5,16 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
-from filelock import FileLock
-from safetensors import safe_open
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -49,25 +51,66 @@ def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
-def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write(temporary path)` make a file and move it to `path` in one step: readers see the old or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within the block something is written to `path`: a full disk, or a place that cannot be written to, is a UserError."""
     try:
-        write(Path(temporary))
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's 0600 would hide results from the reader's group
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(
+            f"{path} cannot be written ({reason}); make room for it or choose another place, then run the command again"
+        ) from error
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write(temporary path)` make a file and move it to `path` in one step: readers see the old or the new one.
+
+    Raises UserError, and leaves the old one, where that is not possible.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        os.close(handle)
+        try:
+            write(Path(temporary))
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's 0600 would hide results from the reader's group
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def remove_halves(folder: Path, name: str = "") -> None:
+    """Remove what `write_atomic` left in a folder when it was killed: of the file `name`, or of any."""
+    for half in Path(folder).glob(f".{name}.*" if name else ".*.*.*"):
+        half.unlink(missing_ok=True)
 
 
 def locked(path: Path) -> FileLock:
-    """A lock for whoever reads a file, changes it and writes it again; it lies in the system's temporary folder."""
+    """A lock for whoever reads a file, changes it and writes it again; it lies in the system's temporary folder, ends
+    with its process, and a process that has it already gets it again."""
     name = hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:16]
-    return FileLock(Path(tempfile.gettempdir()) / f"advkd-{name}.lock")
+    return FileLock(Path(tempfile.gettempdir()) / f"advkd-{name}.lock", is_singleton=True)
+
+
+@contextmanager
+def alone(folder: Path, rank: int = 0) -> Iterator[None]:
+    """Within the block this process alone makes what is in `folder`: another one that wants to waits, and says so.
+
+    Of the processes of one launch each has its own place there, by its rank.
+    """
+    lock = locked(folder / f"of-process-{rank}" if rank else folder)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"advkd: another process works in {folder}; waiting for it to end", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _umask() -> int:
@@ -102,11 +145,14 @@ def write_csv(path: Path, records: Iterable) -> None:
 
 
 def read_records(path: Path, kind: type) -> list:
-    """The dataclass records of type `kind` (numbers, or None) that `write_csv` wrote."""
+    """The dataclass records of type `kind` (numbers, or None) that `write_csv` wrote. Raises UserError for a damaged file."""
     parse = {f.name: int if f.type is int else float for f in fields(kind)}
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return [kind(**{name: parse[name](value) if value else None for name, value in row.items()}) for row in rows]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        return [kind(**{name: parse[name](value) if value else None for name, value in row.items()}) for row in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}); remove {path.parent} to start afresh") from error
 
 
 def sha256(path: Path) -> str:
@@ -147,7 +193,7 @@ def _as_json(value: object) -> object:
 def save_checkpoint(
     path: Path, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer], state: dict
 ) -> None:
-    """Write weights, optimizer moments and the JSON-able `state` to one safetensors file, atomically."""
+    """Write weights, optimizer moments and the JSON-able `state` to one safetensors file with its checksum, atomically."""
     tensors, groups = {}, {}
     for name, module in modules.items():
         tensors |= {f"{name}/{key}": _packed(value) for key, value in module.state_dict().items()}
@@ -157,6 +203,7 @@ def save_checkpoint(
         for index, moments in saved["state"].items():
             tensors |= {f"{name}/{index}/{key}": _packed(torch.as_tensor(value)) for key, value in moments.items()}
     metadata = {"state": json.dumps(state), "groups": json.dumps(groups)}
+    metadata["checksum"] = fingerprint(tensors, metadata["state"], metadata["groups"])
     write_atomic(Path(path), lambda temporary: save_file(tensors, temporary, metadata))
 
 
@@ -167,31 +214,44 @@ def _packed(tensor: torch.Tensor) -> torch.Tensor:
 
 def read_checkpoint_state(path: Path) -> dict:
     """The JSON part of a checkpoint. Raises UserError when the file is not one."""
+    with _reading(path) as file:
+        return json.loads(file.metadata()["state"])
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[safe_open]:
     try:
         with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["state"])
-    except Exception as error:
-        raise UserError(f"{path} is not a readable checkpoint ({error}); remove it to start afresh") from error
+            yield file
+    except Exception as error:  # safetensors and JSON raise many kinds for what is no checkpoint
+        raise UserError(
+            f"{path} is not a readable checkpoint ({first_line(error)}); remove it to start afresh"
+        ) from error
 
 
 def load_checkpoint(path: Path, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]) -> dict:
-    """Restore what `save_checkpoint` wrote into `modules` and `optimizers`; returns its `state`."""
-    state = read_checkpoint_state(path)
-    with safe_open(path, "pt") as file:
-        groups = json.loads(file.metadata()["groups"])
-        names = list(file.keys())
-        for name, module in modules.items():
-            prefix = f"{name}/"
-            module.load_state_dict({n.removeprefix(prefix): file.get_tensor(n) for n in names if n.startswith(prefix)})
-        for name, optimizer in optimizers.items():
-            moments: dict[int, dict] = {}
-            for full in names:
-                if full.startswith(f"{name}/"):
-                    _, index, key = full.split("/")
-                    moments.setdefault(int(index), {})[key] = file.get_tensor(full)
-            optimizer.load_state_dict({"state": moments, "param_groups": groups[name]})
-            for parameter, restored in optimizer.state.items():
-                for key, value in restored.items():
-                    if value.shape == parameter.shape:  # fused optimizers need the parameter's memory layout
-                        restored[key] = torch.empty_like(parameter).copy_(value)
+    """Restore what `save_checkpoint` wrote into `modules` and `optimizers`; returns its `state`.
+
+    Raises UserError, and changes nothing, when the file is none or is damaged.
+    """
+    with _reading(path) as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, a handle is no dict
+        if fingerprint(tensors, metadata["state"], metadata["groups"]) != metadata["checksum"]:
+            raise ValueError("its checksum differs: it is damaged")
+        state, groups = json.loads(metadata["state"]), json.loads(metadata["groups"])
+    for name, module in modules.items():
+        prefix = f"{name}/"
+        module.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+    for name, optimizer in optimizers.items():
+        moments: dict[int, dict] = {}
+        for full, tensor in tensors.items():
+            if full.startswith(f"{name}/"):
+                _, index, key = full.split("/")
+                moments.setdefault(int(index), {})[key] = tensor
+        optimizer.load_state_dict({"state": moments, "param_groups": groups[name]})
+        for parameter, restored in optimizer.state.items():
+            for key, value in restored.items():
+                if value.shape == parameter.shape:  # fused optimizers need the parameter's memory layout
+                    restored[key] = torch.empty_like(parameter).copy_(value)
     return state

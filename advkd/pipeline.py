@@ -23,12 +23,24 @@ from advkd.card import (
 )
 from advkd.data import make_latent, sample_generators, sample_noise
 from advkd.denoiser import Denoiser
-from advkd.files import locked, write_json
+from advkd.files import locked, sha256, write_json, writing
 from advkd.presets import UserError
 from advkd.student import Student
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 INDEX = "model_index.json"  # what diffusers knows a saved pipeline by
+
+
+def check_weights(folder: Path) -> None:
+    """Compare a saved student's weights with their checksums. Raises UserError naming a file that changed."""
+    facts = json.loads((folder / INDEX).read_text(encoding="utf-8")).get("facts") or {}
+    for name, digest in facts.get("weights", {}).items():
+        file = folder / "student" / Path(name).name
+        if not file.exists() or sha256(file) != digest:
+            raise UserError(
+                f"{folder} holds no readable student ({file.relative_to(folder)} is damaged or missing); remove {folder} "
+                "and train or fetch it again"
+            )
 
 
 class SharedPipeline(DiffusionPipeline):
@@ -79,12 +91,11 @@ class SharedPipeline(DiffusionPipeline):
 
         # The card comes first, since model_index.json, which diffusers writes last, says that a folder is whole.
         def save(there: Path) -> None:
-            self._write_card(there, repository or ".", variant)
-            super(SharedPipeline, self).save_pretrained(there, safe_serialization, variant, max_shard_size, **kwargs)
-            for path in (there / INDEX, there / "student" / "config.json"):
-                config = json.loads(path.read_text(encoding="utf-8"))
-                if config.pop("_name_or_path", None) is not None:  # where it was loaded from is nobody else's concern
-                    write_json(path, config)
+            with writing(there):
+                self._write_card(there, repository or ".", variant)
+                super(SharedPipeline, self).save_pretrained(
+                    there, safe_serialization, variant, max_shard_size, **kwargs
+                )
 
         save(folder)
         if not push_to_hub:
@@ -99,6 +110,21 @@ class SharedPipeline(DiffusionPipeline):
                 token=hub["token"],
                 create_pr=hub["create_pr"],
             )
+
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """Write `model_index.json` in one step, with the checksums of the weights that lie beside it.
+
+        It does not say where the student was loaded from, nor does the student's own file: that is nobody else's concern.
+        """
+        folder = Path(save_directory)
+        about = folder / "student" / "config.json"
+        config = json.loads(about.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            write_json(about, config)
+        self.record(weights={file.name: sha256(file) for file in sorted(about.parent.glob("diffusion_pytorch_model*.safetensors"))})
+        index = json.loads(self.to_json_string())
+        index.pop("_name_or_path", None)
+        write_json(folder / INDEX, index)
 
     def push_to_hub(
         self,
@@ -134,7 +160,8 @@ class SharedPipeline(DiffusionPipeline):
             raise UserError(f"{folder} holds no pipeline (no {INDEX}); save it there first: save_pretrained")
         with locked(path):
             index = json.loads(path.read_text(encoding="utf-8"))
-            kept = {"measurements": (index.get("facts") or {}).get("measurements", [])}
+            there = index.get("facts") or {}
+            kept = {"measurements": there.get("measurements", []), "weights": there.get("weights", {})}
             self.record(**with_measurement(self.facts | kept, row, protocol))
             write_json(path, index | {"facts": self.facts})
             if (Path(folder) / CARD).exists():

@@ -27,6 +27,7 @@ from advkd.files import write_json
 from advkd.glyphs import ground_octant
 from advkd.presets import ASSETS, Preset, UserError, load_preset
 from advkd.run import load_run, read_run, train_side_by_side
+from advkd.student import count_parameters
 from advkd.teacher import Teacher, load_teacher
 from advkd.trajectories import generate_trajectories, trajectory_dir
 
@@ -65,6 +66,7 @@ ABOUT = {  # of a run
     "device": "device",
     "dtype": "dtype",
 }
+UNSEEN_SEED = 0  # of the random network
 NEIGHBOURS_ASKED = 2000  # images whose nearest real image is looked for, pixel by pixel
 
 
@@ -81,7 +83,12 @@ class Judge:
         self.train, self.heldout = (reference_images(preset, split)[0] for split in ("train", "heldout"))
         self.fonts = reference_images(preset, "unseen-fonts")[0] if self.data == "glyphs" else None
         self.metric = Metric(preset.data)
-        self.unseen = Metric("random", extractor=random_extractor(self.train))
+        network = random_extractor(self.train, UNSEEN_SEED)
+        self.unseen = Metric("random", extractor=network)
+        # Named by what it is made from: every type of processor rounds its weights and statistics in its own way.
+        self.unseen_name = (
+            f"random network: seed {UNSEEN_SEED}, {count_parameters(network):,} parameters, scaled by train"
+        )
         self.classifier = load_extractor(ASSETS / f"{preset.data}-extractor")
         self.features = self._features(self.train)
         self.shares = self._shares(self.train)
@@ -221,7 +228,7 @@ def judge_protocol(judge: Judge, count: int, sampling_seeds: list[int]) -> dict:
         "teacher_fingerprint": judge.teacher.fingerprint,
         "weights": "the last (averaged) ones of a fixed budget, never the best by a metric",
         "fd_train_subset": f"mean over disjoint subsets of {FLOOR_IMAGES} images: for the comparison with real images",
-        "unseen": f"random network, {judge.unseen.extractor}",
+        "unseen": judge.unseen_name,
         "pull_to_train": f"pixel L2 of the first {NEIGHBOURS_ASKED}; as many training as held-out images; 0.5 is neutral",
         "near_copies": "share nearer to a training image than 1 % of the held-out images are (pixel L2)",
         "rarest": "smallest share of a class, over its share among real images, by the same classifier",

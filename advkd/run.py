@@ -5,6 +5,7 @@ import multiprocessing
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,15 +24,17 @@ from advkd.discriminator import make_discriminator
 from advkd.features import DinoFeatures, TeacherFeatures, make_heads
 from advkd.files import (
     CHECKPOINT_EVERY,
+    alone,
     differences,
     first_line,
     quiet,
     read_checkpoint_state,
     read_records,
+    remove_halves,
     write_csv,
     write_json,
 )
-from advkd.pipeline import FewStepPipeline, StudentPipeline
+from advkd.pipeline import FewStepPipeline, StudentPipeline, check_weights
 from advkd.presets import Preset, UserError, config_hash
 from advkd.presets import asdict as preset_fields
 from advkd.student import Student
@@ -76,10 +79,22 @@ def train_run(
 
     The folder then holds `student/` (a StudentPipeline with its model card), `curves.csv`, TensorBoard events in `logs/`, the
     checkpoint and `run.json`: preset, configuration of the trajectories, teacher, device, what it computed in, threads,
-    processes, seconds by the clock and of the CPU. A finished run is only read. Raises UserError when the folder holds another run or, without
-    `resume`, when it holds any.
+    processes, seconds by the clock and of the CPU. A finished run is only read. Another process that trains in the folder is
+    waited for. Raises UserError when the folder holds another run or a damaged one or, without `resume`, when it holds any.
     """
-    folder = Path(folder)
+    with alone(Path(folder)) if processes()[0] == 0 else nullcontext():  # the first process keeps the folder
+        yield from _train(preset, trajectories, Path(folder), images, resume, device, progress)
+
+
+def _train(
+    preset: Preset,
+    trajectories: TrajectoryStore,
+    folder: Path,
+    images: Tensor | None,
+    resume: bool,
+    device: str,
+    progress: bool,
+) -> Iterator[TrainRecord]:
     this = {"preset": preset_fields(preset), "trajectories": trajectories.config}
     dino = DinoFeatures.from_pretrained(preset.features) if preset.features else None
     if dino:
@@ -87,15 +102,19 @@ def train_run(
     if identity := getattr(images, "identity", None):  # of a folder, whose files may change
         this["images"] = {"decoded": identity}
     _check_folder(folder, this, resume)
+    total = Plan(preset, len(trajectories)).steps
     if (folder / PIPELINE / "model_index.json").exists():
-        yield from read_curves(folder)
+        check_weights(folder / PIPELINE)
+        yield from read_curves(folder, total)
         return
+    rank, count = processes()
+    if rank == 0:
+        remove_halves(folder)
     earlier = []
     if (folder / CHECKPOINT).exists():
-        earlier = read_curves(folder)[: read_checkpoint_state(folder / CHECKPOINT)["step"]]
+        earlier = read_curves(folder, read_checkpoint_state(folder / CHECKPOINT)["step"])
         yield from earlier
     spent = (read_run(folder) or {}) if earlier else {}
-    rank, count = processes()
     where = pick_device(device)
     about = this | {"device": str(where), "dtype": precision(preset.train_dtype, where)}
     about |= {"threads": torch.get_num_threads()}
@@ -109,10 +128,9 @@ def train_run(
     records = list(earlier)
     options = {"images": images, "checkpoint": folder / CHECKPOINT, "resume": resume, "device": device}
     pipeline, steps = _begin(preset, trajectories, options, dino)
-    if rank:  # the first process keeps the folder
+    if rank:
         yield from steps
         return
-    total = Plan(preset, len(trajectories)).steps
     bar = tqdm(total=total, initial=len(earlier), desc=f"train {preset.recipe}", unit="step", disable=quiet(progress))
     start = {clock: now() - spent.get(clock, 0.0) for clock, now in CLOCKS.items()}
     with bar, SummaryWriter(folder / "logs", purge_step=len(earlier)) as board:
@@ -180,12 +198,15 @@ def _check_folder(folder: Path, this: dict, resume: bool) -> None:
         raise UserError(f"{folder} belongs to another preset ({'; '.join(different)}); {other}")
 
 
-def read_curves(folder: Path | str) -> list[TrainRecord]:
-    """The records of a run, from its CSV. Raises UserError when it is missing."""
+def read_curves(folder: Path | str, steps: int | None = None) -> list[TrainRecord]:
+    """The records of a run, from its CSV, or those of its first `steps`. Raises UserError when they are not all there."""
     path = Path(folder) / CURVES
     if not path.exists():
         raise UserError(f"{path} is missing; remove {folder} to start afresh")
-    return read_records(path, TrainRecord)
+    records = read_records(path, TrainRecord)[:steps]
+    if [record.step for record in records] != list(range(1, (steps or len(records)) + 1)):
+        raise UserError(f"{path} is damaged (not every step is there); remove {folder} to start afresh")
+    return records
 
 
 def _log(board: SummaryWriter, record: TrainRecord) -> None:
@@ -255,8 +276,11 @@ def load_run(folder: Path | str) -> StudentPipeline:
         if (path / "model_index.json").exists():
             diffusers_logging.disable_progress_bar()  # one component, nothing to wait for
             try:
+                check_weights(path)
                 name = json.loads((path / "model_index.json").read_text())["_class_name"]
                 pipeline = {c.__name__: c for c in (StudentPipeline, FewStepPipeline)}[name].from_pretrained(path)
+            except UserError:
+                raise
             except Exception as error:  # diffusers and safetensors raise many kinds for a foreign or a damaged folder
                 raise UserError(f"{path} holds no readable student ({first_line(error)})") from error
             pipeline.student.eval()

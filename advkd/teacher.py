@@ -22,6 +22,7 @@ from advkd.files import (
     load_checkpoint,
     read_checkpoint_state,
     save_checkpoint,
+    writing,
 )
 from advkd.presets import ASSETS, TRAIN_TIMESTEPS, Preset, UserError, load_preset, own_preset
 
@@ -224,8 +225,9 @@ def train_teacher(
     """Train a denoiser on `images` `(n, c, h, w)` in [-1, 1]; yields a record a step, leaves the average in `unet`.
 
     The simple loss of DDPM (Ho et al. 2020, eq. 14) for the scheduler's prediction type, Adam, warm-up and cosine
-    decay. `heldout` images are only measured, never trained on. `checkpoint` is written every 500 steps; `resume`
-    goes on from it to the same weights as a run that was not stopped. Raises UserError if it belongs to another run.
+    decay. `heldout` images are only measured, never trained on. `checkpoint` is written every 500 steps, after their
+    record was taken; `resume` goes on from it to the same weights as a run that was not stopped. Raises UserError if it
+    belongs to another run, and if a loss is not finite.
     """
     optimizer = torch.optim.Adam(unet.parameters(), learning_rate)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: _warm_cosine(n, steps))
@@ -247,21 +249,26 @@ def train_teacher(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator.initial_seed())  # dropout draws from the global state
             loss = denoising_loss(unet, scheduler, x0, generator)
+        if not math.isfinite(value := loss.item()):
+            raise UserError(
+                f"the loss is {value} at step {step}; the last checkpoint is kept. Check the images, or train with a "
+                f"smaller learning_rate than {learning_rate}"
+            )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         decay.step()
         average.update_parameters(unet)
-        heldout_loss = None
-        if step % CHECKPOINT_EVERY == 0 or step == steps:
+        heldout_loss, due = None, step % CHECKPOINT_EVERY == 0 or step == steps
+        if due:
             with torch.no_grad():
                 heldout_loss = denoising_loss(
                     average.module.eval(), scheduler, heldout, batch_generator(seed, 0)
                 ).item()
-            if checkpoint:
-                save_checkpoint(checkpoint, *parts, {"step": step, "run": run})
-        yield TeacherRecord(step, step * batch_size, loss.item(), heldout_loss)
+        yield TeacherRecord(step, step * batch_size, value, heldout_loss)
+        if checkpoint and due:  # after the caller's log, which is never behind it
+            save_checkpoint(checkpoint, *parts, {"step": step, "run": run})
     unet.load_state_dict(average.module.state_dict())
     unet.eval()
 
@@ -284,5 +291,6 @@ def denoising_loss(unet: UNet2DModel, scheduler: DDPMScheduler, x0: Tensor, gene
 
 def save_teacher(unet: UNet2DModel, scheduler: DDPMScheduler, folder: Path) -> None:
     """Write a teacher in diffusers format, weights in half precision (load_teacher widens them)."""
-    DDPMPipeline(unet.half(), scheduler).save_pretrained(folder)
+    with writing(folder):
+        DDPMPipeline(unet.half(), scheduler).save_pretrained(folder)
     unet.float()

@@ -162,7 +162,8 @@ def _read(made: list[_Made]) -> Iterator[TrainRecord]:
         values = dict(zip(one.names, flat, strict=False))  # as many of all as this one has names
         if not all(map(math.isfinite, values.values())):
             raise UserError(
-                f"a loss or gradient is not finite at step {one.step} (stage {one.stage}); the last checkpoint is kept"
+                f"a loss or gradient is not finite at step {one.step} (stage {one.stage}); the last checkpoint is kept. "
+                "Train with a smaller learning_rate, or in float32 (train_dtype), in another folder"
             )
         missing = dict.fromkeys(VALUES)
         yield TrainRecord(one.step, one.stage, one.images_seen, **(missing | values))

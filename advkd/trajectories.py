@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from advkd.data import from_uint8, make_latent, sample_generators, sample_noise, seeded_noise, to_uint8
 from advkd.devices import pick_device, precision, processes
-from advkd.files import check_disk, differences, quiet, sha256, write_atomic, write_json
+from advkd.files import alone, check_disk, differences, quiet, remove_halves, sha256, write_atomic, write_json
 from advkd.presets import LATENT_SIDE, Preset, UserError, config_hash, late_fields, stage_times
 from advkd.teacher import Teacher
 
@@ -153,10 +153,19 @@ def generate_trajectories(
     the same bytes, on the same hardware and with the same number of threads (a CPU without bfloat16 computes in float32: its
     shards' entries in the manifest say so). Where a shard does not fit a GPU's memory, it is
     sampled in smaller batches.
+    Another call that works in the folder is waited for.
     Raises UserError naming the differing fields if `folder` holds a store of another configuration, and if the disk is
     too small.
     """
-    folder, config, (rank, count) = Path(folder), trajectory_config(teacher, preset), processes()
+    rank, count = processes()
+    with alone(Path(folder), rank):
+        return _generate(teacher, preset, Path(folder), progress, device, rank, count)
+
+
+def _generate(
+    teacher: Teacher, preset: Preset, folder: Path, progress: bool, device: str, rank: int, count: int
+) -> "TrajectoryStore":
+    config = trajectory_config(teacher, preset)
     manifest = _read_manifest(folder) or {
         "config_hash": config_hash(config),
         "config": config,
@@ -174,8 +183,7 @@ def generate_trajectories(
     shards = {f"shard-{n:05d}": range(*ends_of) for n, ends_of in enumerate(zip(starts, ends, strict=True))}
     mine = {name: indices for number, (name, indices) in enumerate(shards.items()) if number % count == rank}
     for name in (*mine, *([MANIFEST] if rank == 0 else [])):
-        for left in folder.glob(f".{name}.*"):
-            left.unlink()  # half a file, of a process that was killed
+        remove_halves(folder, name)
     missing = {name: indices for name, indices in shards.items() if not _is_made(folder, name, manifest)}
     if missing:
         check_disk(folder, sum(map(len, missing.values())) * sample_bytes(preset), "the trajectories")
@@ -324,12 +332,14 @@ class TrajectoryStore:
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
-        manifest = _read_manifest(self.folder)
+        manifest, folder = _read_manifest(self.folder), self.folder
         if manifest is None:
             raise UserError(
                 f"{folder} holds no trajectories (no {MANIFEST}); make them with: python -m advkd trajectories"
             )
         self.config, self.shards = manifest["config"], manifest["shards"]
+        if manifest.get("config_hash") != config_hash(self.config):
+            raise UserError(f"{folder / MANIFEST} is damaged; remove {folder} and generate it again")
         self.teacher = manifest.get("teacher")  # where its weights came from; the configuration has their fingerprint
         self.revision = manifest.get("revision")  # the commit of the hub, None for a folder
         self.preset = manifest.get("preset")  # its name
