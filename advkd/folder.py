@@ -6,16 +6,16 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from advkd.files import check_disk, first_line, quiet, write_json
+from advkd.files import alone, check_disk, first_line, quiet, sha256, write_json, writing
 from advkd.presets import UserError, config_hash
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -65,20 +65,36 @@ def open_cache(source: str, size_px: int, channels: int) -> np.memmap:
     index, file = folder / "index.json", folder / "images.u8"
     if not index.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "lock"):  # of several processes one decodes, the others wait for it
+        with alone(folder):  # of several processes one decodes, the others wait for it
             if not index.exists():
                 missing = (len(names) - _progress(folder)["done"]) * channels * size_px**2
                 check_disk(folder, missing, "the decoded images")
                 _decode(names, lambda name: _pixels(read(name), size_px, channels), folder, source)
-    found = json.loads(index.read_text(encoding="utf-8"))
+    again = f"remove {folder} and the images are decoded again"
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))
+        found = {name: found[name] for name in ("images", "unreadable", "sha256")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{index} is damaged ({first_line(error)}); {again}") from error
     if unreadable := found["unreadable"]:
         warnings.warn(
             f"{len(unreadable)} of {len(names)} images cannot be read; they are listed in {index}", stacklevel=3
         )
     shape = found["images"], channels, size_px, size_px
-    if not file.exists() or file.stat().st_size != math.prod(shape):
-        raise UserError(f"{file} is damaged or missing; remove {folder} and the images are decoded again")
+    if not file.exists() or file.stat().st_size != math.prod(shape) or _digest(file) != found["sha256"]:
+        raise UserError(f"{file} is damaged or missing; {again}")
     return np.memmap(file, np.uint8, "r", shape=shape)
+
+
+def _digest(file: Path) -> str:
+    """The checksum of a cache; of a file that did not change since, what it was (half a second a gigabyte)."""
+    stat = file.stat()
+    return _digest_of(file.absolute(), stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def _digest_of(file: Path, size: int, changed: int) -> str:
+    return sha256(file)
 
 
 def _files(source: str) -> tuple[list[str], object, Callable[[str], Image.Image]]:
@@ -124,7 +140,7 @@ def _pixels(image: Image.Image, size_px: int, channels: int) -> np.ndarray:
 def _decode(names: Sequence[str], read: Callable[[str], np.ndarray], folder: Path, source: str) -> None:
     """Write all images one after the other; goes on where an earlier call stopped."""
     file, progress, state = folder / "images.u8", folder / "progress.json", _progress(folder)
-    with open(file, "ab") as out, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with writing(file), open(file, "ab") as out, ThreadPoolExecutor(os.cpu_count()) as pool:
         out.truncate(state["bytes"])
         bar = tqdm(total=len(names), initial=state["done"], desc="decode", unit="image", disable=quiet(True))
         for start in range(state["done"], len(names), CHUNK):
@@ -148,7 +164,8 @@ def _decode(names: Sequence[str], read: Callable[[str], np.ndarray], folder: Pat
             f"{len(state['unreadable'])} of {len(names)} images in {source!r} cannot be read, more than 1 %: {shown}"
             f"{', ...' if len(state['unreadable']) > 5 else ''}; mend or remove them"
         )
-    write_json(folder / "index.json", {"source": source, "images": state["images"], "unreadable": state["unreadable"]})
+    found = {name: state[name] for name in ("images", "unreadable")}
+    write_json(folder / "index.json", {"source": source, "sha256": sha256(file)} | found)
     progress.unlink()
 
 
@@ -156,7 +173,10 @@ def _progress(folder: Path) -> dict:
     """How far an earlier call came, as far as its images are still there."""
     progress, file = folder / "progress.json", folder / "images.u8"
     if progress.exists():
-        state = json.loads(progress.read_text(encoding="utf-8"))
+        try:
+            state = json.loads(progress.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{progress} is damaged ({first_line(error)}); remove {folder}") from error
         if file.exists() and file.stat().st_size >= state["bytes"]:
             return state
     return {"done": 0, "bytes": 0, "images": 0, "unreadable": []}

@@ -121,7 +121,11 @@ class SharedPipeline(DiffusionPipeline):
         config = json.loads(about.read_text(encoding="utf-8"))
         if config.pop("_name_or_path", None) is not None:
             write_json(about, config)
-        self.record(weights={file.name: sha256(file) for file in sorted(about.parent.glob("diffusion_pytorch_model*.safetensors"))})
+        self.record(
+            weights={
+                file.name: sha256(file) for file in sorted(about.parent.glob("diffusion_pytorch_model*.safetensors"))
+            }
+        )
         index = json.loads(self.to_json_string())
         index.pop("_name_or_path", None)
         write_json(folder / INDEX, index)

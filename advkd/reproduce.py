@@ -12,6 +12,7 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from advkd import files
+from advkd.certificate import certify
 from advkd.presets import ASSETS, UserError, load_preset
 
 NOTEBOOKS = ("01_teacher", "02_submodules", "03_train", "04_evaluate", "05_ablations", "07_deploy")
@@ -26,8 +27,9 @@ def reproduce(preset: str, parameters: dict[str, str], force: bool = False) -> i
 
     `parameters` go to every notebook that declares them. A notebook is up to date when its cells, its parameters, the
     package, the notebooks before it, the studies that it reads and the files that it wrote are what they were. A notebook whose
-    studies the preset does not have is left out. Raises UserError for a
-    parameter that no notebook has.
+    studies the preset does not have is left out. At the end, and with the notebooks' own parameters, the tables are compared
+    with the committed ones (`certificate.certify`). Another reproduction of the preset is waited for. Raises UserError
+    for a parameter that no notebook has.
     """
     if "preset" in parameters:
         raise UserError(f"the preset is named by --preset {parameters['preset']}, not by a parameter")
@@ -37,9 +39,13 @@ def reproduce(preset: str, parameters: dict[str, str], force: bool = False) -> i
     known = sorted(set().union(*declared.values()))
     if unknown := [name for name in parameters if name not in known]:
         raise UserError(f"no notebook has a parameter {unknown[0]!r}; parameters: {', '.join(known)}")
+    with files.alone(root / "runs" / preset / "reproduce"):
+        return _reproduce(root, preset, parameters, declared, force)
+
+
+def _reproduce(root: Path, preset: str, parameters: dict[str, str], declared: dict[str, dict], force: bool) -> int:
     state_file = root / "runs" / preset / "reproduce.json"
-    state = json.loads(state_file.read_text()) if state_file.exists() else {}
-    rows, upstream = [], _package_hash()
+    state, rows, upstream = _read_state(state_file), [], _package_hash()
     for name in NOTEBOOKS:
         given = {"preset": preset} | {k: _typed(v) for k, v in parameters.items() if k in declared[name]}
         source = root / "notebooks" / f"{name}.ipynb"
@@ -67,7 +73,20 @@ def reproduce(preset: str, parameters: dict[str, str], force: bool = False) -> i
     if preset == "digits" and not parameters:  # the README shows the defaults
         update_readme(root)
     _summary(preset, rows)
+    tables = {path for _, _, _, wrote in rows for path in wrote if path.endswith(".json")}
+    if tables and not parameters:
+        path, counts = certify(root, preset, tables)
+        click.echo(f"certificate: {', '.join(f'{n} {verdict}' for verdict, n in counts.items())} ({path})")
     return 0
+
+
+def _read_state(path: Path) -> dict:
+    """What an earlier reproduction made; nothing, where there was none or its file is damaged: all is made again."""
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        return {name: {"hash": str(entry["hash"]), "wrote": dict(entry["wrote"])} for name, entry in state.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def update_readme(root: Path) -> None:
@@ -146,7 +165,8 @@ def _hash(*parts: str) -> str:
 
 def _figures(root: Path, preset: str) -> dict[str, str]:
     folder = root / "figures" / preset
-    return {str(p.relative_to(root)): files.sha256(p) for p in sorted(folder.glob("*")) if p.is_file()}
+    paths = [p for p in sorted(folder.glob("*")) if p.is_file() and not p.name.startswith(".")]  # no halves
+    return {str(p.relative_to(root)): files.sha256(p) for p in paths}
 
 
 def _written(root: Path, preset: str, before: dict[str, str], start: float) -> dict[str, str]:
