@@ -21,6 +21,7 @@ from torch import nn
 from advkd.presets import UserError
 
 CHECKPOINT_EVERY = 500  # steps of a training
+ABOUT = "advkd"  # what a checkpoint says beside its tensors
 
 
 def project_root() -> Path:
@@ -202,9 +203,9 @@ def save_checkpoint(
         groups[name] = saved["param_groups"]
         for index, moments in saved["state"].items():
             tensors |= {f"{name}/{index}/{key}": _packed(torch.as_tensor(value)) for key, value in moments.items()}
-    metadata = {"state": json.dumps(state), "groups": json.dumps(groups)}
-    metadata["checksum"] = fingerprint(tensors, metadata["state"], metadata["groups"])
-    write_atomic(Path(path), lambda temporary: save_file(tensors, temporary, metadata))
+    about = {"state": state, "groups": groups, "checksum": fingerprint(tensors, json.dumps([state, groups]))}
+    # Under one name, since safetensors writes several in another order every time.
+    write_atomic(Path(path), lambda temporary: save_file(tensors, temporary, {ABOUT: json.dumps(about)}))
 
 
 def _packed(tensor: torch.Tensor) -> torch.Tensor:
@@ -215,7 +216,7 @@ def _packed(tensor: torch.Tensor) -> torch.Tensor:
 def read_checkpoint_state(path: Path) -> dict:
     """The JSON part of a checkpoint. Raises UserError when the file is not one."""
     with _reading(path) as file:
-        return json.loads(file.metadata()["state"])
+        return json.loads(file.metadata()[ABOUT])["state"]
 
 
 @contextmanager
@@ -235,11 +236,11 @@ def load_checkpoint(path: Path, modules: dict[str, nn.Module], optimizers: dict[
     Raises UserError, and changes nothing, when the file is none or is damaged.
     """
     with _reading(path) as file:
-        metadata = file.metadata()
+        about = json.loads(file.metadata()[ABOUT])
+        state, groups = about["state"], about["groups"]
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, a handle is no dict
-        if fingerprint(tensors, metadata["state"], metadata["groups"]) != metadata["checksum"]:
+        if fingerprint(tensors, json.dumps([state, groups])) != about["checksum"]:
             raise ValueError("its checksum differs: it is damaged")
-        state, groups = json.loads(metadata["state"]), json.loads(metadata["groups"])
     for name, module in modules.items():
         prefix = f"{name}/"
         module.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})

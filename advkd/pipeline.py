@@ -23,7 +23,7 @@ from advkd.card import (
 )
 from advkd.data import make_latent, sample_generators, sample_noise
 from advkd.denoiser import Denoiser
-from advkd.files import locked, sha256, write_json, writing
+from advkd.files import locked, remove_halves, sha256, write_json, writing
 from advkd.presets import UserError
 from advkd.student import Student
 
@@ -92,6 +92,7 @@ class SharedPipeline(DiffusionPipeline):
         # The card comes first, since model_index.json, which diffusers writes last, says that a folder is whole.
         def save(there: Path) -> None:
             with writing(there):
+                remove_halves(there)
                 self._write_card(there, repository or ".", variant)
                 super(SharedPipeline, self).save_pretrained(
                     there, safe_serialization, variant, max_shard_size, **kwargs

@@ -33,6 +33,7 @@ from advkd.files import (
     remove_halves,
     write_csv,
     write_json,
+    writing,
 )
 from advkd.pipeline import FewStepPipeline, StudentPipeline, check_weights
 from advkd.presets import Preset, UserError, config_hash
@@ -133,7 +134,8 @@ def _train(
         return
     bar = tqdm(total=total, initial=len(earlier), desc=f"train {preset.recipe}", unit="step", disable=quiet(progress))
     start = {clock: now() - spent.get(clock, 0.0) for clock, now in CLOCKS.items()}
-    with bar, SummaryWriter(folder / "logs", purge_step=len(earlier)) as board:
+    logs = folder / "logs"
+    with writing(logs), bar, SummaryWriter(logs, purge_step=len(earlier)) as board:
         for record in steps:
             records.append(record)
             if record.step % CHECKPOINT_EVERY == 0 or record.step == total:

@@ -184,16 +184,16 @@ def _generate(
     mine = {name: indices for number, (name, indices) in enumerate(shards.items()) if number % count == rank}
     for name in (*mine, *([MANIFEST] if rank == 0 else [])):
         remove_halves(folder, name)
-    missing = {name: indices for name, indices in shards.items() if not _is_made(folder, name, manifest)}
+    missing = {name: indices for name, indices in shards.items() if not _is_made(folder, name, indices, manifest)}
     if missing:
         check_disk(folder, sum(map(len, missing.values())) * sample_bytes(preset), "the trajectories")
         if rank == 0:  # says nothing of shards that are to be made
             kept = {file: entry for file, entry in manifest["shards"].items() if Path(file).stem not in missing}
-            write_json(folder / MANIFEST, manifest | {"shards": kept})
+            _write_manifest(folder, manifest | {"shards": kept})
         with _computing_in(teacher, preset.teacher_dtype, pick_device(device)):
             _make_shards(teacher, preset, folder, mine, missing, progress and rank == 0)
     if missing or list(folder.glob("shard-*.json")):
-        _seal(folder, list(shards), rank)
+        _seal(folder, shards, rank)
     store = TrajectoryStore(folder)
     store.verify()
     return store
@@ -258,26 +258,35 @@ def _stored_as(target: str, size_px: int) -> torch.dtype:
     return torch.float16 if target == "xt" and size_px <= HALF_UP_TO_PX else torch.uint8
 
 
-def _is_made(folder: Path, name: str, manifest: dict) -> bool:
+def _is_made(folder: Path, name: str, indices: range, manifest: dict) -> bool:
     file = f"{name}.safetensors"
-    return file in manifest["shards"] and (folder / file).exists()
+    entry = manifest["shards"].get(file, {})
+    return (entry.get("first"), entry.get("count")) == (indices.start, len(indices)) and (folder / file).exists()
 
 
-def _seal(folder: Path, names: list[str], rank: int) -> None:
+def _seal(folder: Path, shards: dict[str, range], rank: int) -> None:
     """Wait until every process has made its shards; the first then gathers what it says of them in the manifest."""
     start, told = time.monotonic(), False
     while True:
         manifest = _read_manifest(folder) or {"shards": {}}
-        if all(_is_made(folder, name, manifest) for name in names):
+        if all(_is_made(folder, name, indices, manifest) for name, indices in shards.items()):
             break
         if not told and time.monotonic() - start > 60:
             print(f"advkd: waiting for the shards of other processes in {folder}", file=sys.stderr)
             told = True
         time.sleep(0.5)
     if rank == 0:
-        write_json(folder / MANIFEST, manifest | {"shards": dict(sorted(manifest["shards"].items()))})
-        for name in names:
+        _write_manifest(folder, manifest | {"shards": dict(sorted(manifest["shards"].items()))})
+        for name in shards:
             (folder / f"{name}.json").unlink(missing_ok=True)
+
+
+def _write_manifest(folder: Path, manifest: dict) -> None:
+    write_json(folder / MANIFEST, manifest | {"checksum": _checksum(manifest)})
+
+
+def _checksum(manifest: dict) -> str:
+    return config_hash({name: value for name, value in manifest.items() if name != "checksum"})
 
 
 def _read_manifest(folder: Path) -> dict | None:
@@ -286,8 +295,8 @@ def _read_manifest(folder: Path) -> dict | None:
     entries = {file.stem: _read_json(file) for file in sorted(folder.glob("shard-*.json"))}
     manifest = _read_json(path)
     if manifest is not None:
-        if not {"config", "shards"} <= manifest.keys():
-            raise UserError(f"{path} is damaged (no config, no shards); remove {folder} and generate it again")
+        if not isinstance(manifest, dict) or manifest.get("checksum") != _checksum(manifest):
+            raise UserError(f"{path} is damaged (its checksum differs); remove {folder} and generate it again")
         manifest["shards"] |= {f"{name}.safetensors": entry for name, entry in entries.items() if entry}
     return manifest
 
@@ -332,14 +341,12 @@ class TrajectoryStore:
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
-        manifest, folder = _read_manifest(self.folder), self.folder
+        manifest = _read_manifest(self.folder)
         if manifest is None:
             raise UserError(
                 f"{folder} holds no trajectories (no {MANIFEST}); make them with: python -m advkd trajectories"
             )
         self.config, self.shards = manifest["config"], manifest["shards"]
-        if manifest.get("config_hash") != config_hash(self.config):
-            raise UserError(f"{folder / MANIFEST} is damaged; remove {folder} and generate it again")
         self.teacher = manifest.get("teacher")  # where its weights came from; the configuration has their fingerprint
         self.revision = manifest.get("revision")  # the commit of the hub, None for a folder
         self.preset = manifest.get("preset")  # its name

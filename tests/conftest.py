@@ -26,6 +26,12 @@ TINY = dict(
 )
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--kills", type=int, default=20, help="kill -9 that often, over all jobs of test_faults.py together"
+    )
+
+
 @pytest.fixture(scope="session", autouse=True)
 def quiet_and_single_threaded():
     matplotlib.use("agg")
