@@ -271,11 +271,12 @@ def _warm_cosine(step: int, steps: int, warm: int = 200) -> float:
 
 
 def denoising_loss(unet: UNet2DModel, scheduler: DDPMScheduler, x0: Tensor, generator: torch.Generator) -> Tensor:
-    """Mean squared error of the denoiser at uniform timesteps, for epsilon- and v-prediction."""
+    """Mean squared error of the denoiser at uniform timesteps, of whatever it predicts: epsilon, v or the image."""
     eps = torch.randn(x0.shape, generator=generator)
     t = torch.randint(TRAIN_TIMESTEPS, (len(x0),), generator=generator)
     xt = scheduler.add_noise(x0, eps, t)
-    target = scheduler.get_velocity(x0, eps, t) if scheduler.config.prediction_type == "v_prediction" else eps
+    told = {"epsilon": eps, "v_prediction": scheduler.get_velocity(x0, eps, t), "sample": x0}
+    target = told[scheduler.config.prediction_type]
     dtype = precision("bfloat16", x0.device)
     with torch.autocast(x0.device.type, getattr(torch, dtype), enabled=dtype != "float32"):
         prediction = unet(xt.to(memory_format=torch.channels_last), t).sample
