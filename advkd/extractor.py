@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 
 from advkd.data import batch_generator, from_uint8
-from advkd.files import fingerprint
+from advkd.files import check_weights, fingerprint
 from advkd.presets import ASSETS, UserError
 
 FEATURES = 64
@@ -99,6 +99,7 @@ def accuracy(extractor: Extractor, images: Tensor, labels: Tensor) -> float:
 
 def load_extractor(folder: Path | str = ASSETS / "digits-extractor") -> Extractor:
     """A trained extractor, by default the shipped one. Raises UserError that names the folder when it holds none."""
+    check_weights(Path(folder))
     try:
         return Extractor.from_pretrained(folder, use_safetensors=True).eval()
     except (OSError, ValueError) as error:

@@ -23,12 +23,13 @@ from advkd.card import (
 )
 from advkd.data import make_latent, sample_generators, sample_noise
 from advkd.denoiser import Denoiser
-from advkd.files import locked, write_json
+from advkd.files import check_weights, locked, write_json
 from advkd.presets import UserError
 from advkd.student import Student
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 INDEX = "model_index.json"  # what diffusers knows a saved pipeline by
+COMPONENTS = (["advkd.student", "Student"], ["advkd.denoiser", "Denoiser"])  # the students that it may name
 
 
 class SharedPipeline(DiffusionPipeline):
@@ -42,6 +43,32 @@ class SharedPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(student=student)
         self.register_to_config(facts=checked_facts(facts))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "SharedPipeline":
+        """Load what `save_pretrained` wrote, from a folder or the hub; arguments are those of diffusers.
+
+        Nothing that was written by others is executed: the weights are safetensors, the student is this package's. Raises
+        UserError for a `model_index.json` that names anything else, and for arguments that ask for it.
+        """
+        asked = {"use_safetensors": (True, None), "custom_pipeline": (None,), "trust_remote_code": (False, None)}
+        for name, harmless in asked.items():
+            if (value := kwargs.pop(name, None)) not in harmless:
+                raise UserError(f"{name} is {value!r}, which could execute code of others; leave it out")
+        if os.path.isdir(pretrained_model_name_or_path):
+            check_weights(Path(pretrained_model_name_or_path) / "student")
+        return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
+
+    @classmethod
+    def load_config(cls, *args, **kwargs) -> dict | tuple:
+        """As diffusers reads it, checked: see `from_pretrained`."""
+        loaded = super().load_config(*args, **kwargs)
+        for name, value in (loaded[0] if isinstance(loaded, tuple) else loaded).items():
+            if name == "student" and value not in COMPONENTS:
+                raise UserError(f"{INDEX} names the student {value!r}, but must name one of {COMPONENTS}")
+            if name not in ("student", "facts") and not name.startswith("_"):
+                raise UserError(f"{INDEX} names {name!r} as {value!r}, but a student's pipeline has no such part")
+        return loaded
 
     @property
     def facts(self) -> dict:

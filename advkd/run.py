@@ -256,7 +256,10 @@ def load_run(folder: Path | str) -> StudentPipeline:
             diffusers_logging.disable_progress_bar()  # one component, nothing to wait for
             try:
                 name = json.loads((path / "model_index.json").read_text())["_class_name"]
-                pipeline = {c.__name__: c for c in (StudentPipeline, FewStepPipeline)}[name].from_pretrained(path)
+                kinds = {c.__name__: c for c in (StudentPipeline, FewStepPipeline)}
+                if name not in list(kinds):
+                    raise UserError(f"model_index.json names the pipeline {name!r}, but must name one of {list(kinds)}")
+                pipeline = kinds[name].from_pretrained(path)
             except Exception as error:  # diffusers and safetensors raise many kinds for a foreign or a damaged folder
                 raise UserError(f"{path} holds no readable student ({first_line(error)})") from error
             pipeline.student.eval()
