@@ -38,7 +38,7 @@ def reproduce(preset: str, parameters: dict[str, str], force: bool = False) -> i
     if unknown := [name for name in parameters if name not in known]:
         raise UserError(f"no notebook has a parameter {unknown[0]!r}; parameters: {', '.join(known)}")
     state_file = root / "runs" / preset / "reproduce.json"
-    state = json.loads(state_file.read_text()) if state_file.exists() else {}
+    state = _read_state(state_file, preset) if state_file.exists() else {}
     rows, upstream = [], _package_hash()
     for name in NOTEBOOKS:
         given = {"preset": preset} | {k: _typed(v) for k, v in parameters.items() if k in declared[name]}
@@ -153,6 +153,18 @@ def _written(root: Path, preset: str, before: dict[str, str], start: float) -> d
     """Figures that changed, or that were written again with the same bytes, since `start`."""
     after = _figures(root, preset)
     return {p: h for p, h in after.items() if before.get(p) != h or (root / p).stat().st_mtime >= start - 1}
+
+
+def _read_state(path: Path, preset: str) -> dict:
+    """What earlier runs wrote. Only files that a notebook could have written are looked at, whatever it names."""
+    state = files.read_object(path, f"remove it, and everything of {preset!r} runs again")
+    for name, entry in state.items():
+        if not isinstance(entry, dict) or "hash" not in entry or not isinstance(entry.get("wrote"), dict):
+            raise UserError(f"{path} is damaged (of {name}); remove it, and everything of {preset!r} runs again")
+        for wrote in entry["wrote"]:
+            if Path(wrote).parts[:-1] != ("figures", preset) or Path(wrote).name == "..":
+                raise UserError(f"{path} names {wrote!r}, which is no file in figures/{preset}; remove it")
+    return state
 
 
 def _is_up_to_date(root: Path, entry: dict | None, wanted: str) -> bool:
