@@ -5,6 +5,8 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import warnings
 from http.client import HTTPConnection
@@ -416,6 +418,55 @@ def test_jupyterlab_keeps_its_token_and_stays_on_loopback():
     app = ServerApp()
     assert (app.ip, app.allow_origin, app.allow_root, app.disable_check_xsrf) == ("localhost", "", False, False)
     assert len(app.identity_provider_class().token) >= 32
+
+
+# ---- the lock's vulnerabilities --------------------------------------------------------------------------------------
+
+SKIPPED = {"name": "a", "skip_reason": "Dependency not found on PyPI"}
+CLEAN = {"name": "b", "version": "2.0", "vulns": []}
+FOUND = {"name": "c", "version": "1.0", "vulns": [{"id": "PYSEC-1", "fix_versions": ["1.1"], "aliases": []}]}
+ANSWERS = {  # what pip-audit prints, its status; ours, and what is said
+    "none": ({"dependencies": [CLEAN]}, "", 0, 0, r"^audit: 0 known vulnerabilities in 1 packages$"),
+    "some": (
+        {"dependencies": [SKIPPED, CLEAN, FOUND]},
+        "Found 1 known",
+        1,
+        1,
+        r"^audit: c 1\.0 has PYSEC-1, fixed in: 1\.1\n",
+    ),
+    "part": ({"dependencies": [SKIPPED, CLEAN]}, "", 0, 0, r"in 1 packages; 1 could not be checked$"),
+    "unknown": ({"dependencies": [SKIPPED]}, "", 0, 0, r"^audit: the .* knows none .* nothing was checked$"),
+    "offline": (
+        None,
+        "Traceback\nrequests.exceptions.ConnectionError: x",
+        1,
+        0,
+        r"^audit: .* cannot be reached.*ConnectionError: x\)$",
+    ),
+    "broken": (None, "ERROR: requirement is not hashed", 1, 1, r"^$"),
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_the_audit_fails_with_findings_and_tells_a_missing_network_from_none(tmp_path, answer):
+    printed, complaint, status, expected, said = ANSWERS[answer]
+    stub = tmp_path / "pip-audit"
+    body = "" if printed is None else json.dumps(printed)
+    stub.write_text(
+        f"#!{sys.executable}\nimport sys\nprint({body!r})\nprint({complaint!r}, file=sys.stderr)\nsys.exit({status})\n"
+    )
+    stub.chmod(0o755)
+    command = [sys.executable, str(ROOT / ".ci" / "audit.py")]
+    audit = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": str(tmp_path)})
+    assert audit.returncode == expected and re.search(said, audit.stdout.strip()), audit.stdout
+    assert (complaint in audit.stderr) == (answer == "broken") or not complaint
+
+
+def test_the_readme_names_the_security_policy():
+    policy = (ROOT / "SECURITY.md").read_text()
+    assert "(SECURITY.md)" in (ROOT / "README.md").read_text() and "security advisory" in policy
+    for command in re.findall(r"`make (\w+)`", policy):
+        assert re.search(rf"^{command}:", (ROOT / "Makefile").read_text(), re.MULTILINE), command
 
 
 # ---- the hub ---------------------------------------------------------------------------------------------------------
