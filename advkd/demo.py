@@ -159,7 +159,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         name = self.path.split("?")[0].removeprefix("/") or "index.html"
         path = self.server.folder / name
-        if name not in SERVED or not path.is_file():  # nothing else of the folder is served, and no folder is listed
+        # Nothing else of the folder is served, nothing that a link in it points to elsewhere, and no folder is listed.
+        if name not in SERVED or not path.is_file() or not path.resolve().is_relative_to(self.server.folder.resolve()):
             self.send_error(404)
             return
         with path.open("rb") as file:

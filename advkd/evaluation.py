@@ -69,8 +69,7 @@ class Metric:
 
     def protocol(self) -> dict:
         """What a number depends on beside the images."""
-        downloaded = Path(torch.hub.get_dir(), "checkpoints", Path(URL_INCEPTION_V3).name)
-        file = Path(self.weights or downloaded)
+        file = Path(self.weights or _downloaded())
         weights = {"weights_sha256": sha256(file)} if self.rgb and file.exists() else {}
         return {
             "metric": self.label,
@@ -107,6 +106,8 @@ class Metric:
             raise UserError(f"{count} images are too few for {self.features} features; take more, or allow few")
 
     def _calculate(self, samples: Tensor, reference: Tensor, **metrics) -> dict[str, float]:
+        if self.rgb and self.weights is None:
+            self.weights = _safe_weights(_download())
         return torch_fidelity.calculate_metrics(
             input1=_Images(samples, self.rgb),
             input2=_Images(reference, self.rgb),
@@ -145,6 +146,25 @@ class Metric:
             "precision": on_train["precision"],
             "recall": on_train["recall"],
         }
+
+
+def _downloaded() -> Path:
+    """Where the published Inception lies once it was fetched."""
+    return Path(torch.hub.get_dir(), "checkpoints", Path(URL_INCEPTION_V3).name)
+
+
+def _download() -> Path:
+    """Fetch it where that was not done yet; the last part of its name is the beginning of its SHA-256."""
+    file = _downloaded()
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(file), file.stem.rsplit("-")[-1], progress=False)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"Inception's weights cannot be fetched from {URL_INCEPTION_V3} ({first_line(error)}); give their file"
+            ) from error
+    return file
 
 
 def _safe_weights(path: Path) -> str:

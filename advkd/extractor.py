@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 
 from advkd.data import batch_generator, from_uint8
-from advkd.files import fingerprint, first_line, writing
+from advkd.files import check_weights, fingerprint, first_line, writing
 from advkd.presets import ASSETS, UserError
 
 FEATURES = 64
@@ -111,6 +111,7 @@ def save_extractor(extractor: Extractor, folder: Path) -> None:
 
 def load_extractor(folder: Path | str = ASSETS / "digits-extractor") -> Extractor:
     """A trained extractor, by default the shipped one. Raises UserError that names the folder when it holds none."""
+    check_weights(Path(folder))
     try:
         return Extractor.from_pretrained(folder, use_safetensors=True).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -1,6 +1,7 @@
 """The critic of ADD: light heads on a frozen feature network, the teacher's own or DINOv2."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from advkd.denoiser import Denoiser
-from advkd.files import fingerprint, first_line
+from advkd.files import check_weights, fingerprint, first_line
 from advkd.presets import UserError
 
 VIRTUAL_BATCH = 8
@@ -130,6 +131,7 @@ class DinoFeatures:
             from transformers import Dinov2Model
         except ImportError as error:
             raise UserError(f"features {source!r} need the package transformers: pip install 'advkd[dino]'") from error
+        check_weights(Path(source))
         try:
             model, found = Dinov2Model.from_pretrained(source, use_safetensors=True, output_loading_info=True)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -154,6 +155,26 @@ def read_records(path: Path, kind: type) -> list:
         return [kind(**{name: parse[name](value) if value else None for name, value in row.items()}) for row in rows]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({first_line(error)}); remove {path.parent} to start afresh") from error
+
+
+def read_object(path: Path, mend: str) -> dict:
+    """The JSON object in a file. Raises UserError that names the file and says what to do, `mend`, when there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}); {mend}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged (no JSON object); {mend}")
+    return value
+
+
+def check_weights(folder: Path) -> None:
+    """Raise UserError where an index of weights in a folder names anything but safetensors files beside it."""
+    for index in sorted(folder.glob("*.safetensors.index*.json")):
+        parts = read_object(index, "get these weights again").get("weight_map")
+        for part in parts.values() if isinstance(parts, dict) else [parts]:
+            if not isinstance(part, str) or not re.fullmatch(r"[\w.-]+\.safetensors", part):
+                raise UserError(f"{index} names {part!r}, but its weights must be safetensors files beside it")
 
 
 def sha256(path: Path) -> str:

@@ -1,6 +1,5 @@
 """A folder of images, decoded once into a memory-mapped cache."""
 
-import json
 import math
 import os
 import warnings
@@ -15,7 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from advkd.files import alone, check_disk, first_line, quiet, sha256, write_json, writing
+from advkd.files import alone, check_disk, first_line, quiet, read_object, sha256, write_json, writing
 from advkd.presets import UserError, config_hash
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -70,18 +69,13 @@ def open_cache(source: str, size_px: int, channels: int) -> np.memmap:
                 missing = (len(names) - _progress(folder)["done"]) * channels * size_px**2
                 check_disk(folder, missing, "the decoded images")
                 _decode(names, lambda name: _pixels(read(name), size_px, channels), folder, source)
-    again = f"remove {folder} and the images are decoded again"
-    try:
-        found = json.loads(index.read_text(encoding="utf-8"))
-        found = {name: found[name] for name in ("images", "unreadable", "sha256")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{index} is damaged ({first_line(error)}); {again}") from error
+    found, again = _read_counts(index, "images"), f"remove {folder} and the images are decoded again"
     if unreadable := found["unreadable"]:
         warnings.warn(
             f"{len(unreadable)} of {len(names)} images cannot be read; they are listed in {index}", stacklevel=3
         )
     shape = found["images"], channels, size_px, size_px
-    if not file.exists() or file.stat().st_size != math.prod(shape) or _digest(file) != found["sha256"]:
+    if not file.exists() or file.stat().st_size != math.prod(shape) or _digest(file) != found.get("sha256"):
         raise UserError(f"{file} is damaged or missing; {again}")
     return np.memmap(file, np.uint8, "r", shape=shape)
 
@@ -173,13 +167,22 @@ def _progress(folder: Path) -> dict:
     """How far an earlier call came, as far as its images are still there."""
     progress, file = folder / "progress.json", folder / "images.u8"
     if progress.exists():
-        try:
-            state = json.loads(progress.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{progress} is damaged ({first_line(error)}); remove {folder}") from error
+        state = _read_counts(progress, "done", "bytes", "images")
         if file.exists() and file.stat().st_size >= state["bytes"]:
             return state
     return {"done": 0, "bytes": 0, "images": 0, "unreadable": []}
+
+
+def _read_counts(path: Path, *counts: str) -> dict:
+    """The JSON of a cache, which says how much of it there is and names no file to be opened."""
+    mend = f"remove {path.parent} and the images are decoded again"
+    state = read_object(path, mend)
+    for name in counts:
+        if type(state.get(name)) is not int or state[name] < 0:
+            raise UserError(f"{path} is damaged ({name} is {state.get(name)!r}); {mend}")
+    if not isinstance(state.get("unreadable"), list):
+        raise UserError(f"{path} is damaged (unreadable is {state.get('unreadable')!r}); {mend}")
+    return state
 
 
 def _or_none(read: Callable[[str], np.ndarray], name: str) -> np.ndarray | None:

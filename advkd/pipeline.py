@@ -23,18 +23,20 @@ from advkd.card import (
 )
 from advkd.data import make_latent, sample_generators, sample_noise
 from advkd.denoiser import Denoiser
-from advkd.files import locked, remove_halves, sha256, write_json, writing
+from advkd.files import check_weights, locked, read_object, remove_halves, sha256, write_json, writing
 from advkd.presets import UserError
 from advkd.student import Student
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 INDEX = "model_index.json"  # what diffusers knows a saved pipeline by
+COMPONENTS = (["advkd.student", "Student"], ["advkd.denoiser", "Denoiser"])  # the students that it may name
 
 
-def check_weights(folder: Path) -> None:
+def verify_weights(folder: Path) -> None:
     """Compare a saved student's weights with their checksums. Raises UserError naming a file that changed."""
-    facts = json.loads((folder / INDEX).read_text(encoding="utf-8")).get("facts") or {}
-    for name, digest in facts.get("weights", {}).items():
+    facts = read_object(folder / INDEX, f"remove {folder} and train or fetch it again").get("facts")
+    weights = facts.get("weights") if isinstance(facts, dict) else None
+    for name, digest in (weights if isinstance(weights, dict) else {}).items():
         file = folder / "student" / Path(name).name
         if not file.exists() or sha256(file) != digest:
             raise UserError(
@@ -54,6 +56,32 @@ class SharedPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(student=student)
         self.register_to_config(facts=checked_facts(facts))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "SharedPipeline":
+        """Load what `save_pretrained` wrote, from a folder or the hub; arguments are those of diffusers.
+
+        Nothing that was written by others is executed: the weights are safetensors, the student is this package's. Raises
+        UserError for a `model_index.json` that names anything else, and for arguments that ask for it.
+        """
+        asked = {"use_safetensors": (True, None), "custom_pipeline": (None,), "trust_remote_code": (False, None)}
+        for name, harmless in asked.items():
+            if (value := kwargs.pop(name, None)) not in harmless:
+                raise UserError(f"{name} is {value!r}, which could execute code of others; leave it out")
+        if os.path.isdir(pretrained_model_name_or_path):
+            check_weights(Path(pretrained_model_name_or_path) / "student")
+        return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
+
+    @classmethod
+    def load_config(cls, *args, **kwargs) -> dict | tuple:
+        """As diffusers reads it, checked: see `from_pretrained`."""
+        loaded = super().load_config(*args, **kwargs)
+        for name, value in (loaded[0] if isinstance(loaded, tuple) else loaded).items():
+            if name == "student" and value not in COMPONENTS:
+                raise UserError(f"{INDEX} names the student {value!r}, but must name one of {COMPONENTS}")
+            if name not in ("student", "facts") and not name.startswith("_"):
+                raise UserError(f"{INDEX} names {name!r} as {value!r}, but a student's pipeline has no such part")
+        return loaded
 
     @property
     def facts(self) -> dict:

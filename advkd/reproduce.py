@@ -45,7 +45,8 @@ def reproduce(preset: str, parameters: dict[str, str], force: bool = False) -> i
 
 def _reproduce(root: Path, preset: str, parameters: dict[str, str], declared: dict[str, dict], force: bool) -> int:
     state_file = root / "runs" / preset / "reproduce.json"
-    state, rows, upstream = _read_state(state_file), [], _package_hash()
+    state = _read_state(state_file, preset) if state_file.exists() else {}
+    rows, upstream = [], _package_hash()
     for name in NOTEBOOKS:
         given = {"preset": preset} | {k: _typed(v) for k, v in parameters.items() if k in declared[name]}
         source = root / "notebooks" / f"{name}.ipynb"
@@ -78,15 +79,6 @@ def _reproduce(root: Path, preset: str, parameters: dict[str, str], declared: di
         path, counts = certify(root, preset, tables)
         click.echo(f"certificate: {', '.join(f'{n} {verdict}' for verdict, n in counts.items())} ({path})")
     return 0
-
-
-def _read_state(path: Path) -> dict:
-    """What an earlier reproduction made; nothing, where there was none or its file is damaged: all is made again."""
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        return {name: {"hash": str(entry["hash"]), "wrote": dict(entry["wrote"])} for name, entry in state.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
 
 
 def update_readme(root: Path) -> None:
@@ -173,6 +165,18 @@ def _written(root: Path, preset: str, before: dict[str, str], start: float) -> d
     """Figures that changed, or that were written again with the same bytes, since `start`."""
     after = _figures(root, preset)
     return {p: h for p, h in after.items() if before.get(p) != h or (root / p).stat().st_mtime >= start - 1}
+
+
+def _read_state(path: Path, preset: str) -> dict:
+    """What earlier runs wrote. Only files that a notebook could have written are looked at, whatever it names."""
+    state = files.read_object(path, f"remove it, and everything of {preset!r} runs again")
+    for name, entry in state.items():
+        if not isinstance(entry, dict) or "hash" not in entry or not isinstance(entry.get("wrote"), dict):
+            raise UserError(f"{path} is damaged (of {name}); remove it, and everything of {preset!r} runs again")
+        for wrote in entry["wrote"]:
+            if Path(wrote).parts[:-1] != ("figures", preset) or Path(wrote).name == "..":
+                raise UserError(f"{path} names {wrote!r}, which is no file in figures/{preset}; remove it")
+    return state
 
 
 def _is_up_to_date(root: Path, entry: dict | None, wanted: str) -> bool:

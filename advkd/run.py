@@ -35,7 +35,7 @@ from advkd.files import (
     write_json,
     writing,
 )
-from advkd.pipeline import FewStepPipeline, StudentPipeline, check_weights
+from advkd.pipeline import FewStepPipeline, StudentPipeline, verify_weights
 from advkd.presets import Preset, UserError, config_hash
 from advkd.presets import asdict as preset_fields
 from advkd.student import Student
@@ -105,7 +105,7 @@ def _train(
     _check_folder(folder, this, resume)
     total = Plan(preset, len(trajectories)).steps
     if (folder / PIPELINE / "model_index.json").exists():
-        check_weights(folder / PIPELINE)
+        verify_weights(folder / PIPELINE)
         yield from read_curves(folder, total)
         return
     rank, count = processes()
@@ -278,11 +278,12 @@ def load_run(folder: Path | str) -> StudentPipeline:
         if (path / "model_index.json").exists():
             diffusers_logging.disable_progress_bar()  # one component, nothing to wait for
             try:
-                check_weights(path)
                 name = json.loads((path / "model_index.json").read_text())["_class_name"]
-                pipeline = {c.__name__: c for c in (StudentPipeline, FewStepPipeline)}[name].from_pretrained(path)
-            except UserError:
-                raise
+                kinds = {c.__name__: c for c in (StudentPipeline, FewStepPipeline)}
+                if name not in list(kinds):
+                    raise UserError(f"model_index.json names the pipeline {name!r}, but must name one of {list(kinds)}")
+                verify_weights(path)
+                pipeline = kinds[name].from_pretrained(path)
             except Exception as error:  # diffusers and safetensors raise many kinds for a foreign or a damaged folder
                 raise UserError(f"{path} holds no readable student ({first_line(error)})") from error
             pipeline.student.eval()

@@ -4,6 +4,7 @@ import json
 import math
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from advkd.data import batch_generator
 from advkd.devices import precision
 from advkd.files import (
     CHECKPOINT_EVERY,
+    check_weights,
     differences,
     fingerprint,
     load_checkpoint,
@@ -24,7 +26,7 @@ from advkd.files import (
     save_checkpoint,
     writing,
 )
-from advkd.presets import ASSETS, TRAIN_TIMESTEPS, Preset, UserError, load_preset, own_preset
+from advkd.presets import ASSETS, PINNED, TRAIN_TIMESTEPS, Preset, UserError, load_preset, own_preset
 
 SCHEDULERS = {"DDPMScheduler": DDPMScheduler, "DDIMScheduler": DDIMScheduler}
 _FILES = ["*.json", "*.safetensors"]  # formats that cannot carry code
@@ -56,9 +58,13 @@ def load_teacher(preset: Preset, source: str | None = None) -> Teacher:
     the preset's image size and channels.
     """
     source = source or preset.teacher
-    folder = _find(source, preset.teacher_revision)
+    wanted = preset.teacher_revision
+    if source != preset.teacher and wanted == PINNED.get(preset.teacher):  # that of another repository
+        wanted = PINNED.get(source)
+    folder = _find(source, wanted)
     unet_at = folder / "unet" if (folder / "unet").is_dir() else folder
     scheduler_at = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
+    check_weights(unet_at)
     try:
         unet = UNet2DModel.from_pretrained(unet_at, use_safetensors=True, torch_dtype=torch.float32)
         name = json.loads((scheduler_at / "scheduler_config.json").read_text()).get("_class_name")
@@ -82,12 +88,18 @@ def load_teacher(preset: Preset, source: str | None = None) -> Teacher:
     schedule = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
     weights_and_schedule = fingerprint(unet.state_dict(), json.dumps(schedule, sort_keys=True, default=list))
     revision = folder.name if folder.parent.name == "snapshots" else None
+    if revision != wanted and revision:
+        warnings.warn(
+            f"teacher {source!r} is not pinned: the hub gave its commit {revision}, and may give another one later; "
+            f"keep to it with --set teacher_revision={revision}",
+            stacklevel=2,
+        )
     return Teacher(unet.eval().requires_grad_(False), scheduler, source, weights_and_schedule, revision)
 
 
-def teacher_shape(source: str) -> tuple[int, int]:
+def teacher_shape(source: str, revision: str | None = None) -> tuple[int, int]:
     """Side in pixels and channels of the images of the teacher at `source`; see `load_teacher` for what it may be."""
-    folder = _find(source, None)
+    folder = _find(source, revision or PINNED.get(source))
     path = (folder / "unet" if (folder / "unet").is_dir() else folder) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -108,7 +120,7 @@ def find_preset(name: str, recipe: str = "improved", teacher: str = "", **overri
         return load_preset(name, recipe, **overrides)
     if not teacher:
         raise UserError("preset 'own' follows from a teacher: give one, a folder in diffusers format or a hub id")
-    return own_preset(teacher, *teacher_shape(teacher), recipe, **overrides)
+    return own_preset(teacher, *teacher_shape(teacher, overrides.get("teacher_revision")), recipe, **overrides)
 
 
 def _find(source: str, revision: str | None) -> Path:
@@ -122,7 +134,7 @@ def _find(source: str, revision: str | None) -> Path:
 
     provide = (
         f"teacher {source!r} is not on this machine: give a folder in diffusers format (unet/ and scheduler/ as "
-        f"safetensors), or fetch it once where there is a network: hf download {source}"
+        f"safetensors), or fetch it once where there is a network: hf download {source}{f' --revision {revision}' if revision else ''}"
     )
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=_FILES, local_files_only=True))
@@ -278,11 +290,12 @@ def _warm_cosine(step: int, steps: int, warm: int = 200) -> float:
 
 
 def denoising_loss(unet: UNet2DModel, scheduler: DDPMScheduler, x0: Tensor, generator: torch.Generator) -> Tensor:
-    """Mean squared error of the denoiser at uniform timesteps, for epsilon- and v-prediction."""
+    """Mean squared error of the denoiser at uniform timesteps, of whatever it predicts: epsilon, v or the image."""
     eps = torch.randn(x0.shape, generator=generator)
     t = torch.randint(TRAIN_TIMESTEPS, (len(x0),), generator=generator)
     xt = scheduler.add_noise(x0, eps, t)
-    target = scheduler.get_velocity(x0, eps, t) if scheduler.config.prediction_type == "v_prediction" else eps
+    told = {"epsilon": eps, "v_prediction": scheduler.get_velocity(x0, eps, t), "sample": x0}
+    target = told[scheduler.config.prediction_type]
     dtype = precision("bfloat16", x0.device)
     with torch.autocast(x0.device.type, getattr(torch, dtype), enabled=dtype != "float32"):
         prediction = unet(xt.to(memory_format=torch.channels_last), t).sample

@@ -1,6 +1,7 @@
 """Noise to the teacher's states at the stages' times, and a memory-mapped, resumable store of them."""
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,7 +22,17 @@ from tqdm.auto import tqdm
 
 from advkd.data import from_uint8, make_latent, sample_generators, sample_noise, seeded_noise, to_uint8
 from advkd.devices import pick_device, precision, processes
-from advkd.files import alone, check_disk, differences, quiet, remove_halves, sha256, write_atomic, write_json
+from advkd.files import (
+    alone,
+    check_disk,
+    differences,
+    first_line,
+    quiet,
+    remove_halves,
+    sha256,
+    write_atomic,
+    write_json,
+)
 from advkd.presets import LATENT_SIDE, Preset, UserError, config_hash, late_fields, stage_times
 from advkd.teacher import Teacher
 
@@ -295,10 +306,34 @@ def _read_manifest(folder: Path) -> dict | None:
     entries = {file.stem: _read_json(file) for file in sorted(folder.glob("shard-*.json"))}
     manifest = _read_json(path)
     if manifest is not None:
-        if not isinstance(manifest, dict) or manifest.get("checksum") != _checksum(manifest):
+        parts = [manifest.get(part) for part in ("config", "shards")] if isinstance(manifest, dict) else [None]
+        if not all(isinstance(part, dict) for part in parts) or "trajectories" not in parts[0]:
+            raise UserError(f"{path} is damaged (no config, no shards); remove {folder} and generate it again")
+        _check_shards(path, manifest["shards"])
+        if manifest.get("checksum") != _checksum(manifest):
             raise UserError(f"{path} is damaged (its checksum differs); remove {folder} and generate it again")
         manifest["shards"] |= {f"{name}.safetensors": entry for name, entry in entries.items() if entry}
+        _check_shards(path, manifest["shards"])
     return manifest
+
+
+def _check_shards(path: Path, shards: dict) -> None:
+    """A manifest may come from anywhere: it names files in its folder, and nothing else is opened."""
+    for name, entry in shards.items():
+        if not re.fullmatch(r"shard-\d{5,}\.safetensors", name):
+            raise UserError(f"{path} names {name!r}, but a shard is a file shard-NNNNN.safetensors beside it")
+        if not isinstance(entry, dict) or not isinstance(entry.get("count"), int) or "sha256" not in entry:
+            raise UserError(f"{path} is damaged ({name} is {entry!r}); remove {path.parent} and generate it again")
+
+
+def _read_tensor(path: Path, name: str) -> Tensor:
+    try:
+        with safe_open(path, "pt") as shard:
+            return shard.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path} is damaged or missing ({first_line(error)}); remove it and run the command that made it again"
+        ) from error
 
 
 def _read_json(path: Path) -> dict | None:
@@ -366,8 +401,7 @@ class TrajectoryStore:
         """One stored quantity of all trajectories, as stored: "block-mean", "shrink8bit", "xt_<k>" or "x0_<k>"."""
         parts = []
         for file in sorted(self.shards):
-            with safe_open(self.folder / file, "pt") as shard:
-                parts.append(shard.get_tensor(name))
+            parts.append(_read_tensor(self.folder / file, name))
         return Column(parts)
 
     def latents(self, how: str) -> Tensor:

@@ -80,6 +80,7 @@ def _run(folder, arguments, before, says):
     before()
     status = 1
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdout", io.StringIO())  # what pytest gives is a file
         patch.setattr("sys.stderr", io.StringIO())
         try:
             cli.main(arguments, prog_name="advkd")

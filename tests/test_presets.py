@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 
 from advkd.presets import (
+    PINNED,
     PUBLISHED_FID,
     Preset,
     UserError,
@@ -160,7 +161,9 @@ def test_the_papers_recipe_at_its_size():
 
 
 def test_the_digits_paper_recipe_differs_only_in_scale():
-    scale = "name data image_size_px channels teacher trajectories sampler_steps shard_size widths stored"
+    scale = (
+        "name data image_size_px channels teacher teacher_revision trajectories sampler_steps shard_size widths stored"
+    )
     large, small = load_preset("celebahq", "paper"), load_preset("digits", "paper")
     different = {f.name for f in dataclasses.fields(Preset) if getattr(large, f.name) != getattr(small, f.name)}
     assert different == set(scale.split())
@@ -171,7 +174,7 @@ def test_presets_of_hub_teachers_have_a_published_fid_with_its_source(name):
     fid, source = PUBLISHED_FID[name]
     assert 3 < fid < 61 and "arXiv" in source
     p = load_preset(name)
-    assert p.teacher.startswith("google/ddpm-") and p.teacher_revision is None
+    assert p.teacher.startswith("google/ddpm-") and p.teacher_revision == PINNED.get(p.teacher)
     assert p.trajectories == load_preset(name, "paper").trajectories == 20_000
 
 

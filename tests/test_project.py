@@ -16,6 +16,45 @@ from advkd.reproduce import NOTEBOOKS
 ROOT = Path(__file__).parent.parent
 
 
+# What executes code of the file or the text that it is given.
+UNSAFE = re.compile(
+    r"torch\.load\((?!.*weights_only=True)|weights_only=False|torch\.save\(|torch\.jit\.load|hub\.load|pickle_module"
+    r"|\bpickle\.\w|\b(import|from) (pickle|dill|cloudpickle|joblib|shelve|marshal)\b|read_pickle|allow_pickle=True"
+    r"|joblib\.load|trust_remote_code=True|use_safetensors=False|yaml\.(unsafe_|full_)?load\(|shell=True|os\.(system|popen)"
+    r"|extractall|(?<![\w.])(eval|exec)\("
+)
+SAFE_LINES = (
+    'torch.load(path, map_location="cpu", weights_only=True)',
+    "model.eval()",
+    "np.load(path)",
+    "yaml.safe_load(text)",
+    "torch.hub.get_dir()",
+    "the pickled weights",
+)
+UNSAFE_LINES = (
+    "torch.load(path)",
+    "torch.load(path, weights_only=False)",
+    "torch.save(model, path)",
+    "torch.jit.load(path)",
+    'torch.hub.load("a/b", "c")',
+    "torch.hub.load_state_dict_from_url(url)",
+    "import pickle",
+    "from joblib import load",
+    "pickle.loads(data)",
+    "joblib.load(path)",
+    "pd.read_pickle(path)",
+    "np.load(path, allow_pickle=True)",
+    "from_pretrained(name, trust_remote_code=True)",
+    "from_pretrained(name, use_safetensors=False)",
+    "yaml.load(text)",
+    "subprocess.run(text, shell=True)",
+    "os.system(text)",
+    "archive.extractall()",
+    "x = eval(text)",
+    "exec(text)",
+)
+
+
 def cells(notebook) -> list[tuple]:
     return [(c.cell_type, c.source, tuple(c.metadata.get("tags", []))) for c in notebook.cells]
 
@@ -69,11 +108,32 @@ def test_lock_holds_every_dependency():
 
 
 def test_nothing_is_unpickled_but_tensors():
-    sources = [*(ROOT / "advkd").glob("*.py"), *(ROOT / "notebooks").glob("*.py")]
+    sources = [*(ROOT / "advkd").rglob("*.py"), *(ROOT / "notebooks").glob("*.py")]
     assert len(sources) > 15
     for path in sources:
-        forbidden = r"torch\.load\((?!.*weights_only=True)|weights_only=False|pickle\.\w|import pickle|torch\.save\("
-        assert not re.search(forbidden, path.read_text()), path.name
+        assert not UNSAFE.search(path.read_text()), path.name
+
+
+@pytest.mark.parametrize("line", SAFE_LINES)
+def test_lines_that_load_tensors_alone_are_let_through(line):
+    assert not UNSAFE.search(line)
+
+
+@pytest.mark.parametrize("line", UNSAFE_LINES)
+def test_lines_that_execute_what_they_load_are_found(line):
+    assert UNSAFE.search(line)
+
+
+def test_networks_of_others_are_read_from_safetensors_alone():
+    calls = [
+        call
+        for path in (ROOT / "advkd").glob("*.py")
+        for call in re.findall(r"\w+\.from_pretrained\(.*", path.read_text())
+        if not call.startswith(("StudentPipeline.", "FewStepPipeline."))  # which read nothing else: test_security.py
+    ]
+    networks = [call for call in calls if "use_safetensors=True" in call]
+    assert {call.split(".")[0] for call in networks} == {"UNet2DModel", "Extractor", "Dinov2Model"}
+    assert all(re.match(r"(DinoFeatures|pipeline)\.", call) for call in calls if call not in networks), calls
 
 
 def test_importing_the_package_does_nothing_heavy(tmp_path):
