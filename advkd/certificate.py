@@ -114,7 +114,7 @@ def _tolerance(field: str, words: str) -> Tolerance | None:
 
 
 def _verdict(field: str, old: object, new: object, tolerance: Tolerance | None) -> str:
-    if old == new:
+    if old == new or (old != old and new != new):  # no number is one value too
         return EXACT
     numbers = all(isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in (old, new))
     if numbers and TIMES.search(field):

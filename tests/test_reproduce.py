@@ -1,6 +1,7 @@
 """The runner: skipping, parameter names, and the exit status of a failing notebook."""
 
 import json
+import subprocess
 
 import nbformat
 import pytest
@@ -39,6 +40,20 @@ def test_runs_in_order_then_skips_then_notices_a_changed_figure(project, capsys)
     assert reproduce.reproduce("digits", {"number": "7"}) == 0
     assert "done" in capsys.readouterr().out
     assert (project / "figures/digits/a.txt").read_text() == "7"
+
+
+def test_it_ends_with_a_certificate_but_for_parameters_of_ones_own(project, capsys):
+    first = nbformat.read(project / "notebooks/a.ipynb", as_version=4)
+    first.cells[1].source += "\n_ = (f / 'a.json').write_text('{\"rows\": [{\"number\": ' + str(number) + '}]}')"
+    nbformat.write(first, project / "notebooks/a.ipynb")
+    git = ["git", "-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
+    assert reproduce.reproduce("digits", {"number": "2"}) == 0
+    assert "certificate" not in capsys.readouterr().out
+    for command in (["init", "-q"], ["add", "figures"], ["commit", "-qm", "tables"]):
+        subprocess.run([*git, *command], check=True)
+    assert reproduce.reproduce("digits", {}) == 0
+    assert "certificate: 0 exact, 0 within tolerance, 0 time or memory, 1 different" in capsys.readouterr().out
+    assert "| a | 0 | number | 2 | 1 | exact |" in (project / "figures/digits/certificate.md").read_text()
 
 
 def test_a_notebook_reads_its_studies_or_is_left_out(project, monkeypatch, capsys):
