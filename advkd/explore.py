@@ -105,7 +105,7 @@ class Submodules(ipywidgets.VBox):
         """Noise and all submodules as a figure, the teacher above the student."""
         noise, side = self._noise()[0], self.pipeline.student.config.image_size_px
         teacher, student = zip(*map(self.images, range(self.count)), strict=True)
-        labels = ["noise", *(f"k = {k}\n{image.shape[-1]} px" for k, image in enumerate(student))]
+        labels = ["noise", *(f"state {k + 1}" for k in range(self.count))]
         return show_strip({"teacher": [noise, *teacher], "student": [noise, *student]}, labels, side)
 
     def _noise(self) -> Tensor:
