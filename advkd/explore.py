@@ -89,7 +89,7 @@ class Submodules(ipywidgets.VBox):
             raise UserError(f"target is {target!r}, but the trajectories keep {', '.join(kept)}")
         _check_sample(sample, len(store))
         self.slider = ipywidgets.IntSlider(0, 0, self.count - 1, description="submodule")
-        self.sample = ipywidgets.BoundedIntText(sample, 0, len(store) - 1, description="sample")
+        self.sample = _field(sample, len(store), "sample")
         self.pictures, self.said = [_picture(), _picture()], ipywidgets.Label()
         titled = zip(("teacher", "student"), self.pictures, strict=True)
         columns = [ipywidgets.VBox([ipywidgets.Label(title), picture]) for title, picture in titled]
@@ -130,8 +130,7 @@ class Interpolation(ipywidgets.VBox):
         self.pipeline, self.seed = pipeline, seed
         self.slider = ipywidgets.FloatSlider(0.5, min=0, max=1, step=0.05, description="way")
         self.ends = [
-            ipywidgets.BoundedIntText(index, 0, SAMPLES - 1, description=name)
-            for index, name in zip(pair, ("from sample", "to sample"), strict=True)
+            _field(index, SAMPLES, name) for index, name in zip(pair, ("from sample", "to sample"), strict=True)
         ]
         self.pictures, self.said = [_picture(), _picture(), _picture()], ipywidgets.Label()
         super().__init__([ipywidgets.HBox([*self.ends, self.slider]), ipywidgets.HBox(self.pictures), self.said])
@@ -165,6 +164,11 @@ def _on_change(draw: Callable[[], None], *inputs: ipywidgets.Widget) -> None:
     for widget in inputs:
         widget.observe(lambda _: draw(), "value")
     draw()
+
+
+def _field(index: int, count: int, name: str) -> ipywidgets.BoundedIntText:
+    style, layout = {"description_width": "initial"}, {"width": "170px"}
+    return ipywidgets.BoundedIntText(index, 0, count - 1, description=name, style=style, layout=layout)
 
 
 def _check(pipeline: StudentPipeline) -> None:

@@ -105,9 +105,10 @@ browse_submodules(student, store, p.target, f"figures/{preset}", "strip", sample
 
 # %% [markdown]
 # The states of the teacher's trajectory, and the student's eleven heads of one forward pass, from the same noise (in
-# JupyterLab a slider; in a stored notebook a strip, with head $k$ under state $k + 1$). Sixteen numbers of latent do not say which digit the teacher will make,
-# so heads 0 to 9 show a blurred average of what the latent allows; the critic looks at the last head alone, and there the
-# student decides. It need not decide for the teacher's digit (notebook 4 counts how often it does).
+# JupyterLab a slider; in a stored notebook a strip, with head $k$ under state $k + 1$). Sixteen numbers of latent do not
+# say which digit the teacher will make, so heads 0 to 9 show a blurred average of what the latent allows; the critic
+# looks at the last head alone, and there the student decides. It need not decide for the teacher's digit (notebook 4
+# counts how often it does).
 #
 # ### From one latent to another
 #
@@ -136,12 +137,12 @@ interpolate(student, f"figures/{preset}", "interpolation")
 # $$L_D = \mathbb E\,\mathrm{softplus}(-D(x, z)) + \mathbb E\,\mathrm{softplus}(D(G(z), z))
 #         + 10\,\mathbb E\,(\lVert\nabla_{\tilde x} D(\tilde x, z)\rVert_2 - 1)^2,$$
 #
-# with $\tilde x$ on the segment between $x$ and $G(z)$, after which every weight of the critic is clamped to $[-0.1, 0.1]$. No
-# reconstruction term. Layers, losses, batches and
-# optimizers below are exactly these. The budget is not: a fortieth of the epochs by default (`paper_epochs`), on 1,500
-# trajectories of 100 steps in place of 20,000 of 1000. More epochs are not what it lacks: all ten (`-p paper_epochs 10`,
-# 31,950 steps, about half an hour) end at an FD-digits of 147 (seed 0, 5000 images), no better than the fortieth. (That is a
-# distance to real digits, which notebook 4 explains; the improved recipe's is below 1.)
+# with $\tilde x$ on the segment between $x$ and $G(z)$, after which every weight of the critic is clamped to $[-0.1,
+# 0.1]$. No reconstruction term. Layers, losses, batches and optimizers below are exactly these. The budget is not: a
+# fortieth of the epochs by default (`paper_epochs`), on 1,500 trajectories of 100 steps in place of 20,000 of 1000. More
+# epochs are not what it lacks: all ten (`-p paper_epochs 10`, 31,950 steps, about half an hour) end at an FD-digits of
+# 147 (seed 0, 5000 images), no better than the fortieth. (That is a distance to real digits, which notebook 4 explains;
+# the improved recipe's is below 1.)
 
 # %% tags=["nbval-ignore-output"]
 fields = {"critic_loss": "critic loss", "student_loss": "student loss", "penalty": "(gradient norm - 1)$^2$"}

@@ -326,6 +326,6 @@ if chosen == defaults and count >= 5000:  # what the README claims
 #
 # 1. Evaluate the student's first 500, 1000 and 2000 samples with `metric.compare(samples["improved"][:500], train)`. How does
 #    the distance fall?
-# 2. Which digits does the student take for each other? Count the pairs in `classes`, teacher's against student's
+# 2. Which digits become which? Count the pairs in `classes`, the teacher's digit against the student's from the same noise
 #    (`torch.bincount(10 * classes[0] + classes[1], minlength=100).view(10, 10)`).
 # 3. Score with FID: `-p inception FILE` takes Inception's weights. What does a network trained on photographs see in digits?
