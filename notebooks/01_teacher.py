@@ -19,8 +19,9 @@
 # another, learns to do it in one forward pass, each submodule playing a phase of the teacher's steps. Notebook 1 looks at the
 # teacher, 2 at the student, 3 trains it, 4 measures it, 5 asks which parts matter, 7 takes it to a small device.
 #
-# The paper's teacher is `google/ddpm-celebahq-256`; ours is a small U-Net of the same kind, trained by this package on 1197 real handwritten
-# digits, so that everything below runs on a laptop. To see the paper's teacher instead, set `preset` to `celebahq`.
+# The paper's teacher is `google/ddpm-celebahq-256`; ours is a small U-Net of the same kind, trained by this package on
+# 1197 real handwritten digits, so that everything below runs on a laptop. To see the paper's teacher instead, set
+# `preset` to `celebahq`.
 
 # %% tags=["parameters"]
 preset: str = "digits"  # the experiment: digits, glyphs, celebahq, cifar10, ...; own: what fits the teacher
@@ -48,8 +49,8 @@ p = find_preset(preset, teacher=teacher, images=images)
 #
 # $$x_t = \sqrt{\bar\alpha_t}\, x_0 + \sqrt{1 - \bar\alpha_t}\, \varepsilon, \qquad \varepsilon \sim \mathcal N(0, 1),$$
 #
-# and the network learns to predict $\varepsilon$ from $x_t$ and $t$ (Ho et al. 2020, eq. 14). $\bar\alpha_t$, the share of the
-# image, is fixed in advance and falls from 1 to almost 0: at $t = 999$ nothing of the digit is to be seen.
+# and the network learns to predict $\varepsilon$ from $x_t$ and $t$ (Ho et al. 2020, eq. 14). $\bar\alpha_t$, the image's
+# share of the variance, is fixed in advance and falls from 1 to almost 0: at $t = 999$ nothing of the digit is to be seen.
 
 # %%
 model = load_teacher(p, teacher or None)
@@ -90,9 +91,10 @@ stage_times(p.submodules)
 # $$\hat x_0 = (x_t - \sqrt{1 - \bar\alpha_t}\,\hat\varepsilon) / \sqrt{\bar\alpha_t},$$
 #
 # the forward process solved for $x_0$ with the teacher's guess $\hat\varepsilon$. Look at the left half: $x_t$ is plain
-# noise down to $t \approx 400$, and plain grey once it is shrunk for the first submodules. A target without information teaches nothing. $\hat x_0$ is a smear until $t = 699$, a blurred digit
-# from $t = 599$ on, and sharpens. At $t = 999$ alone it is useless: there $\sqrt{\bar\alpha_t} = 0.00635$, the
-# formula multiplies the network's error by 157, and the result is clipped to $[-1, 1]$.
+# noise down to $t \approx 400$, and plain grey once it is shrunk for the first submodules. A target without information
+# teaches nothing. $\hat x_0$ is a smear until $t = 699$, a blurred digit from $t = 599$ on, and sharpens. At $t = 999$
+# alone it is useless: there $\sqrt{\bar\alpha_t} = 0.00635$, the formula multiplies the network's error by 157, and the
+# result is clipped to $[-1, 1]$.
 
 # %%
 noise = seeded_noise([sample], p.image_shape, seed=0)

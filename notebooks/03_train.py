@@ -137,8 +137,8 @@ interpolate(student, f"figures/{preset}", "interpolation")
 # $$L_D = \mathbb E\,\mathrm{softplus}(-D(x, z)) + \mathbb E\,\mathrm{softplus}(D(G(z), z))
 #         + 10\,\mathbb E\,(\lVert\nabla_{\tilde x} D(\tilde x, z)\rVert_2 - 1)^2,$$
 #
-# with $\tilde x$ on the segment between $x$ and $G(z)$, after which every weight of the critic is clamped to $[-0.1,
-# 0.1]$. No reconstruction term. Layers, losses, batches and optimizers below are exactly these. The budget is not: a
+# with $\tilde x$ on the segment between $x$ and $G(z)$, after which every weight of the critic is clamped to
+# $[-0.1, 0.1]$. No reconstruction term. Layers, losses, batches and optimizers below are exactly these. The budget is not: a
 # fortieth of the epochs by default (`paper_epochs`), on 1,500 trajectories of 100 steps in place of 20,000 of 1000. More
 # epochs are not what it lacks: all ten (`-p paper_epochs 10`, 31,950 steps, about half an hour) end at an FD-digits of
 # 147 (seed 0, 5000 images), no better than the fortieth. (That is a distance to real digits, which notebook 4 explains;

@@ -62,8 +62,9 @@ Markdown(markdown(models, SHOWN))
 # %% [markdown]
 # ### What was asked, and what came out
 #
-# Most are ratios to the teacher's row, in 50 DDIM or 100 DDPM steps. These bounds were set before anything was measured, and the recipe was fixed before these seeds and the unseen space were
-# looked at for the first time. So what does not hold stays in the table.
+# Most are ratios to the teacher's row, in 50 DDIM or 100 DDPM steps. These bounds were set before anything was measured,
+# and the recipe was fixed before these seeds and the unseen space were looked at for the first time. So what does not
+# hold stays in the table.
 
 # %% tags=["nbval-ignore-output"]
 verdicts = targets(models, preset)
@@ -96,9 +97,9 @@ Markdown(markdown(compared, rarest))
 # %% [markdown]
 # ## Quality against cost
 #
-# The dotted line is the floor: held-out real images in the place of samples. Squares, as far as their rows are
-# there, are students of other sizes, with the smaller budget of the ablations. Time is measured here and now, one image at a time in float32; it does not depend on the
-# weights, so untrained students stand in for trained ones.
+# The dotted line is the floor: held-out real images in the place of samples. Squares, as far as their rows are there, are
+# students of other sizes, with the smaller budget of the ablations. Time is measured here and now, one image at a time in
+# float32; it does not depend on the weights, so untrained students stand in for trained ones.
 
 
 # %%
@@ -156,8 +157,8 @@ _ = save_figure(figure, f"figures/{preset}", "waterfall")
 #
 # Every panel changes one thing in our recipe, with as many images shown to the critic (1000 steps of 64, less than a third
 # of the recipe's budget). The dashed line is the recipe itself; K is the number of submodules. Fewer submodules have fewer heads,
-# hence fewer L1 terms. "No fresh latents" and "pairs alone" say the same: every latent of a batch has its trajectory. So has
-# "reconstruction alone", since fresh latents have nothing to reconstruct.
+# hence fewer L1 terms. Without fresh latents every latent of a batch has its trajectory (so too in "reconstruction alone", since
+# the others have nothing to reconstruct); "pairs alone" has no real images beside the teacher's either.
 
 # %%
 (base,) = (row for row in settings if (row["group"], row["setting"]) == ("losses", "both"))

@@ -114,6 +114,7 @@ def test_a_reader_restarts_and_runs_every_notebook_and_moves_the_sliders(browser
             expect(label).not_to_have_text(first)
             after = images.evaluate_all(PIXELS)  # the words come after the images
             assert [a != b for a, b in zip(before, after, strict=True)] == changed, f"{name}, slider {n}"
+            label.scroll_into_view_if_needed()
             page.screenshot(path=checkout / f"{name}-slider-{n}.png")
         page.screenshot(path=checkout / f"{name}.png")
         choose(page, "Kernel", re.compile("^Shut Down Kernel$"))
