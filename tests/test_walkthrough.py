@@ -71,7 +71,7 @@ def run_all(page, notebook, cells):
     expect(prompts.filter(has_text="[*]").first).to_be_visible(timeout=120_000)
     expect(prompts.filter(has_text="[*]")).to_have_count(0, timeout=300_000)
     expect(page.get_by_text("| Idle")).to_be_visible(timeout=120_000)
-    errors = notebook.locator('[data-mime-type="application/vnd.jupyter.error"]')
+    errors = notebook.locator(".jp-OutputArea-output", has_text="Traceback (most recent call last)")
     assert not errors.count(), errors.first.inner_text()
     expect(prompts).to_have_text([f"[{n + 1}]:" for n in range(cells)])
 
@@ -103,7 +103,7 @@ def test_a_reader_restarts_and_runs_every_notebook_and_moves_the_sliders(browser
             expect(images.first).to_be_visible()
             widths = images.evaluate_all("all => all.map(image => image.naturalWidth)")
             assert min(widths) > 100, f"{name}, code cell {n}: images {widths} pixels wide"
-        assert figures and "Traceback" not in notebook.inner_text()
+        assert figures, f"{name} draws nothing"
         sliders = notebook.locator(".jp-OutputArea-output", has=page.locator(".noUi-handle"))
         expect(sliders).to_have_count(len(SLIDERS.get(name, [])))
         for n, (key, times, said, changed) in enumerate(SLIDERS.get(name, [])):
