@@ -1,5 +1,6 @@
 """Figures and tables: grids, curves, and the only writers of the figures folder."""
 
+import io
 import json
 import os
 import warnings
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.utils import make_grid
+from torchvision.utils import make_grid, save_image
 
 from advkd.files import locked, project_root, write_atomic, write_json, write_text
 from advkd.presets import config_hash
@@ -39,6 +40,17 @@ def show_images(ax: Axes, images: Tensor, columns: int, title: str = "") -> None
     ax.imshow(grid.permute(1, 2, 0), interpolation="nearest")
     ax.set_axis_off()
     ax.set_title(title, loc="left", fontsize=9)
+
+
+def png(images: Tensor, columns: int, side_px: int) -> bytes:
+    """Images `(n, c, h, w)` in [-1, 1] as a PNG grid of `side_px` or more a side, each pixel a square of several."""
+    grid, file = (
+        make_grid(images.detach().float().cpu().clamp(-1, 1) / 2 + 0.5, columns, padding=1, pad_value=1),
+        io.BytesIO(),
+    )
+    times = max(1, 2 * side_px // grid.shape[-1])  # sharp on screens of twice the density too
+    save_image(F.interpolate(grid[None], scale_factor=times, mode="nearest"), file, format="png")
+    return file.getvalue()
 
 
 def show_strip(rows: dict[str, Sequence[Tensor]], columns: Sequence[str], side_px: int) -> Figure:

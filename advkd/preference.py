@@ -1,7 +1,6 @@
 """Human preference, as ADD was judged: a panel for blind votes between two methods, and what follows from the votes."""
 
 import csv
-import io
 import itertools
 import time
 import zlib
@@ -16,10 +15,9 @@ from scipy.special import expit
 from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
-from torch.nn import functional as F
-from torchvision.utils import make_grid, save_image
 
 from advkd.data import batch_generator
+from advkd.figures import png
 from advkd.files import locked, write_csv
 from advkd.presets import UserError
 
@@ -127,17 +125,9 @@ class Panel(ipywidgets.VBox):
         for widget, method in zip(self.images, self.pair, strict=True):
             groups = self.samples[method].split(GRID**2)
             groups = [group for group in groups if len(group) == GRID**2]
-            widget.value = _png(groups[picked % len(groups)])
+            widget.value = png(groups[picked % len(groups)], GRID, SHOWN_PX)
         self.said.value = f"{self.asked} answered as {self.voter!r}"
         self.shown_at = time.monotonic()
-
-
-def _png(images: Tensor) -> bytes:
-    """A grid of images, each pixel as a square of several."""
-    grid, file = make_grid(images.cpu().clamp(-1, 1) / 2 + 0.5, GRID, padding=1, pad_value=1), io.BytesIO()
-    times = max(1, 2 * SHOWN_PX // grid.shape[-1])  # sharp on screens of twice the density too
-    save_image(F.interpolate(grid[None], scale_factor=times, mode="nearest"), file, format="png")
-    return file.getvalue()
 
 
 def win_rates(votes: Sequence[Vote]) -> list[dict]:

@@ -14,9 +14,14 @@
 #
 # **What you need:** nothing but this repository. **How long:** under a minute on two CPU cores.
 #
-# Adv-KD ([arXiv 2405.20675](https://arxiv.org/abs/2405.20675)) starts from a pre-trained teacher. The paper's is
-# `google/ddpm-celebahq-256`; ours is a small U-Net of the same kind, trained by this package on 1197 real handwritten
-# digits, so that everything below runs on a laptop. To see the paper's teacher instead, set `preset` to `celebahq`.
+# Adv-KD ([arXiv 2405.20675](https://arxiv.org/abs/2405.20675)) makes a slow network's work into a fast one's: a pre-trained
+# diffusion model, the *teacher*, turns noise into an image in many steps; a *student* of eleven submodules, one after
+# another, learns to do it in one forward pass, each submodule playing a phase of the teacher's steps. Notebook 1 looks at the
+# teacher, 2 at the student, 3 trains it, 4 measures it, 5 asks which parts matter, 7 takes it to a small device.
+#
+# The paper's teacher is `google/ddpm-celebahq-256`; ours is a small U-Net of the same kind, trained by this package on
+# 1197 real handwritten digits, so that everything below runs on a laptop. To see the paper's teacher instead, set
+# `preset` to `celebahq`.
 
 # %% tags=["parameters"]
 preset: str = "digits"  # the experiment: digits, glyphs, celebahq, cifar10, ...; own: what fits the teacher
@@ -44,8 +49,8 @@ p = find_preset(preset, teacher=teacher, images=images)
 #
 # $$x_t = \sqrt{\bar\alpha_t}\, x_0 + \sqrt{1 - \bar\alpha_t}\, \varepsilon, \qquad \varepsilon \sim \mathcal N(0, 1),$$
 #
-# and the network learns to predict $\varepsilon$ from $x_t$ (Ho et al. 2020, eq. 14). At $t = 999$ almost nothing of the
-# digit is left.
+# and the network learns to predict $\varepsilon$ from $x_t$ and $t$ (Ho et al. 2020, eq. 14). $\bar\alpha_t$, the image's
+# share of the variance, is fixed in advance and falls from 1 to almost 0: at $t = 999$ nothing of the digit is to be seen.
 
 # %%
 model = load_teacher(p, teacher or None)
@@ -63,7 +68,7 @@ _ = save_figure(figure, f"figures/{preset}", "forward_noising")
 # %% [markdown]
 # ## What the teacher weighs
 #
-# The paper's teacher has 113,673,219 parameters, 454.69 MB in float32. Each of its 1000 steps evaluates all of them.
+# The paper's teacher has 113,673,219 parameters, 454.69 MB in float32. Each of its 1000 steps evaluates all of them. Ours:
 
 # %%
 print(f"{preset} teacher: {model.parameters:,} parameters, {model.scheduler.config.prediction_type}-prediction")
@@ -71,19 +76,25 @@ print(f"{preset} teacher: {model.parameters:,} parameters, {model.scheduler.conf
 # %% [markdown]
 # ## Twelve states
 #
-# Sampling walks the process backwards. Adv-KD looks at twelve states of one walk: state 0 is the noise $x_T$, states
-# 1 to 10 are read right after the steps at $t = 1099 - 100j$, state 11 is the image. State $k + 1$ is what the student's
-# submodule $k$ has to show.
+# Sampling walks the process backwards: it starts from noise, lets the network guess $\varepsilon$, takes a little of it away,
+# and repeats. Adv-KD looks at twelve states of one walk, its *trajectory*: state 0 is the noise $x_T$, state $j = 1 \dots 10$
+# is read right after the step at $t = 1099 - 100j$, state 11 is the image. State $k + 1$ is what the student's submodule
+# $k = 0 \dots 10$ has to show. The times $t$ of states 1 to 10:
 
 # %%
 stage_times(p.submodules)
 
 # %% [markdown]
-# Each step gives us two pictures: the noisy state $x_t$ itself, which the paper uses as targets, and the image that the
-# teacher *expects* at that time, $\hat x_0 = (x_t - \sqrt{1 - \bar\alpha_t}\,\hat\varepsilon) / \sqrt{\bar\alpha_t}$. Look at the
-# left half: $x_t$ is plain noise down to $t \approx 400$, and plain grey once it is shrunk for the first submodules. A target
-# without information teaches nothing. $\hat x_0$ is a smear until $t = 699$, a blurred digit from $t = 599$ on, and sharpens. At
-# $t = 999$ alone it is useless: there $\sqrt{\bar\alpha_t} = 0.00635$, the formula multiplies the network's error by 157, and the result is clipped to $[-1, 1]$.
+# Each step gives us two pictures: the noisy state $x_t$ itself, which the paper uses as targets, and the image that
+# the teacher *expects* at that time,
+#
+# $$\hat x_0 = (x_t - \sqrt{1 - \bar\alpha_t}\,\hat\varepsilon) / \sqrt{\bar\alpha_t},$$
+#
+# the forward process solved for $x_0$ with the teacher's guess $\hat\varepsilon$. Look at the left half: $x_t$ is plain
+# noise down to $t \approx 400$, and plain grey once it is shrunk for the first submodules. A target without information
+# teaches nothing. $\hat x_0$ is a smear until $t = 699$, a blurred digit from $t = 599$ on, and sharpens. At $t = 999$
+# alone it is useless: there $\sqrt{\bar\alpha_t} = 0.00635$, the formula multiplies the network's error by 157, and the
+# result is clipped to $[-1, 1]$.
 
 # %%
 noise = seeded_noise([sample], p.image_shape, seed=0)
@@ -97,8 +108,10 @@ _ = save_figure(figure, f"figures/{preset}", "teacher_trajectory")
 # ## DDPM against DDIM
 #
 # The student gets a shrunk $x_T$ as its input and is asked for the image that the teacher made of it. That is only
-# learnable if the image *follows* from $x_T$. Ancestral DDPM adds fresh noise in each of its steps; deterministic DDIM
-# adds none. Below, every row starts four times from one noise: DDPM ends in four different images.
+# learnable if the image *follows* from $x_T$. There are two common ways to take a step: ancestral DDPM (Ho et al.
+# 2020), which adds fresh noise each time, and deterministic DDIM (Song et al. 2021), which adds none. Either may
+# leave out times: here DDPM takes every tenth of the 1000, DDIM every twentieth. Below, every row starts four times
+# from one noise: DDPM ends in four different images.
 
 # %%
 noises, repeats = 6, 4
@@ -119,7 +132,7 @@ _ = save_figure(figure, f"figures/{preset}", "ddpm_against_ddim")
 # %% [markdown]
 # The same as a number: which share of the images' variance does the noise explain? One minus the variance within a
 # row over the variance of all; 0 means that the image ignores $x_T$, 1 that it follows from it. With six noises of four
-# images each, a sampler that ignores $x_T$ scores about $1 - (3/4) / (23/24) = 0.22$ by chance.
+# images each, a sampler that ignores $x_T$ scores about $1 - (3/4) / (23/24) = 0.22$ by chance, which is about DDPM's score.
 
 # %%
 shares = []
@@ -136,11 +149,13 @@ if (preset, teacher) == ("digits", ""):  # what this notebook claims, of the shi
     assert shares[1]["variance_explained_by_noise"] > 0.99 > 0.6 > shares[0]["variance_explained_by_noise"]
 
 # %% [markdown]
-# So the paper's choice, ancestral DDPM, conditions the student on something that hardly matters. This is one of five
-# problems in the [published code](https://github.com/kidist-amde/Adv-KD); notebooks 2 to 4 show the others.
+# So the paper's choice, ancestral DDPM, conditions the student on something that hardly matters. This is one of the
+# problems in the [published code](https://github.com/kidist-amde/Adv-KD); notebooks 2 and 3 show the others.
 #
 # ## Exercises
 #
-# 1. Set `sample` to another index. Why is the guess at $t = 999$ black and white, and the one at $t = 899$ grey?
-# 2. Run DDIM with 10 and with 5 steps. Where do the images break?
-# 3. Replace the teacher by your own: `papermill notebooks/01_teacher.ipynb out.ipynb -p teacher FOLDER`.
+# 1. Set `sample` to another index. Why is the guess at $t = 999$ black and white, and the one at $t = 899$ grey? (Compare
+#    $1 / \sqrt{\bar\alpha_t}$ at the two: `model.scheduler.alphas_cumprod`.)
+# 2. Run DDIM with 10 and with 5 steps: change the pairs in the loop of "DDPM against DDIM". Where do the images break?
+# 3. Replace the teacher by your own: `papermill notebooks/01_teacher.ipynb out.ipynb -p teacher FOLDER`. (What a teacher may
+#    be: README, "Your own teacher, your own images".)

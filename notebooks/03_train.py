@@ -13,8 +13,8 @@
 # collapses here (its critic can only guess), and which changes make a one-step student that works.
 #
 # **What you need:** the trajectories of the teacher; this notebook makes them if they are missing.
-# **How long:** eight minutes on two CPU cores from nothing; half a minute when the runs are there. An interrupted
-# training goes on where its last checkpoint is: run the cell again.
+# **How long:** eight minutes on two CPU cores from nothing (two to three times as long without bfloat16, see the README); half
+# a minute when the runs are there. An interrupted training goes on where its last checkpoint is: run the cell again.
 
 # %% tags=["parameters"]
 preset: str = "digits"  # the experiment: digits, glyphs, celebahq, cifar10, ...; own: what fits the teacher
@@ -35,7 +35,8 @@ from sklearn.metrics import roc_auc_score
 from advkd import losses
 from advkd.data import load_images, seeded_noise
 from advkd.discriminator import make_discriminator
-from advkd.figures import live_curves, plot_curves, save_figure, save_table, show_images, show_strip, start_notebook
+from advkd.explore import browse_submodules, interpolate
+from advkd.figures import live_curves, plot_curves, save_figure, save_table, show_images, start_notebook
 from advkd.files import load_checkpoint
 from advkd.run import CHECKPOINT, load_run, run_dir, train_run
 from advkd.teacher import find_preset, load_teacher
@@ -64,17 +65,20 @@ for q, s in ((p, store), (paper, paper_store)):
 # %% [markdown]
 # ## The improved recipe
 #
-# The critic $D$ and the student $G$ play
+# The critic $D$ gives every image a number, large where it believes in the image. With $\mathrm{softplus}(a) = \log(1 + e^a)$,
+# $x$ the images that it should believe in, $z$ a latent and $G(z)$ the student's image, the two minimise, in turn,
 #
 # $$L_D = \mathbb E\,\mathrm{softplus}(-D(x)) + \mathbb E\,\mathrm{softplus}(D(G(z)))
 #         + \gamma\,\mathbb E\,\lVert\nabla_x D(x)\rVert^2,$$
 # $$L_G = \mathbb E\,\mathrm{softplus}(-D(G(z))) + \lambda \sum_k \mathbb E\,\lvert G_k(z) - \hat x_0^{(k)}\rvert.$$
 #
-# - **All submodules at once.** The critic judges the last image; every head $G_k$ is pulled to the teacher's guess at its
-#   time by an L1 term, on the quarter of the batch that has a trajectory.
-# - **Three quarters of each batch are fresh latents**, so that the student is trained where it will be sampled.
-# - **R1 alone**, on real images, every eighth step: a penalty, but no clipping and no BatchNorm in the critic.
-# - **The critic's real images** are the teacher's samples and real training images, half and half.
+# - **All submodules at once.** The critic judges the last image; the image $G_k(z)$ of every head is pulled to the teacher's
+#   guess at its time, $\hat x_0^{(k)}$, by an L1 term, on the quarter of the batch that has a trajectory ($\lambda = 0.1$).
+# - **Three quarters of each batch are fresh latents**, of which no trajectory is known, so that the student is trained where
+#   it will be sampled.
+# - **R1 alone** (the term with $\gamma = 0.1$; Mescheder et al. 2018), every eighth step: a penalty that keeps the critic's
+#   slope at $x$ small, but no clipping and no BatchNorm in the critic.
+# - **What the critic should believe in**, $x$, are the teacher's samples and real training images, half and half.
 # - A moving average of the weights is what gets reported.
 
 # %% tags=["nbval-ignore-output"]
@@ -91,37 +95,54 @@ _ = save_figure(figure, f"figures/{preset}", "training_curves")
 
 # %% [markdown]
 # A critic that cannot tell the two apart has a loss of $2 \log 2 = 1.39$, plus its penalty in every eighth step; here it
-# stays close, while the L1 term falls. L1 does not reach zero, nor should it: sixteen numbers of latent do not hold all that the teacher makes of a
-# noise. The student keeps what the latent says and is free in the rest, as long as the critic believes it.
+# stays close, while the L1 term (the sum over the eleven heads) falls. L1 does not reach zero, nor should it: sixteen numbers
+# of latent do not hold all that the teacher makes of a noise. The student keeps what the latent says and is free in the rest,
+# as long as the critic believes it.
 
 # %%
-student = load_run(run_dir(p, store))
-noise = seeded_noise(range(36), p.image_shape, p.trajectory_seed)
-pick = 2
-heads = [student(noise=noise[[pick]], stage=k, output_type="pt").images[0] for k in range(p.submodules)]
-targets = [store.targets(k, p.target, torch.tensor([pick]))[0] for k in range(p.submodules)]
-labels = ["noise", *(f"state {k + 1}" for k in range(p.submodules))]
-figure = show_strip({"teacher": [noise[pick], *targets], "student": [noise[pick], *heads]}, labels, p.image_size_px)
-_ = save_figure(figure, f"figures/{preset}", "strip")
+student, noise = load_run(run_dir(p, store)), seeded_noise(range(36), p.image_shape, p.trajectory_seed)
+browse_submodules(student, store, p.target, f"figures/{preset}", "strip", sample=2)
 
 # %% [markdown]
-# Above, the states of the teacher's trajectory; below, the student's eleven heads of one forward pass, from the same noise.
-# Sixteen numbers of latent do not say which digit the teacher will make, so heads 1 to 10 show a blurred average of what
-# the latent allows; the critic looks at the last head alone, and there the student decides. It need not decide for the
-# teacher's digit (notebook 4 counts how often it does).
+# The states of the teacher's trajectory, and the student's eleven heads of one forward pass, from the same noise (in
+# JupyterLab a slider; in a stored notebook a strip, with head $k$ under state $k + 1$). Sixteen numbers of latent do not
+# say which digit the teacher will make, so heads 0 to 9 show a blurred average of what the latent allows; the critic
+# looks at the last head alone, and there the student decides. It need not decide for the teacher's digit (notebook 4
+# counts how often it does).
+#
+# ### From one latent to another
+#
+# If the student had learned single digits by heart, the way between two latents would lead through nothing, or jump. The
+# latents between $a$ and $b$, at an angle of $\Omega$, have to be of the kind that the student knows:
+#
+# $$z(t) = \lVert z(t) \rVert \left( \frac{\sin((1 - t)\,\Omega)}{\sin \Omega} \frac{a}{\lVert a \rVert}
+#        + \frac{\sin(t\,\Omega)}{\sin \Omega} \frac{b}{\lVert b \rVert} \right), \qquad
+#   \lVert z(t) \rVert = (1 - t) \lVert a \rVert + t \lVert b \rVert.$$
+#
+# On the straight line $(1 - t)\,a + t\,b$ they would be too short: halfway 0.7 of the norm of $\mathcal N(0, I)$.
+
+# %%
+interpolate(student, f"figures/{preset}", "interpolation")
+
+# %% [markdown]
+# Three pairs of latents that nothing was trained on, a row each in a stored notebook; in JupyterLab a slider and two fields for
+# the samples. Strokes move little by little, and what lies between two digits is mostly a digit too; where one gives way to
+# another, some images are none.
 #
 # ## The paper's recipe
 #
-# Stage by stage: at stage $k$ submodules $0..k$ train against a fresh critic that also sees the latent $z$, for
-# $10 (k + 1)$ epochs; Adam at $10^{-4}$ with betas $(0.5, 0.999)$, and
+# Stage by stage: at stage $k$ submodules $0..k$ train against a fresh critic for the image of head $k$, which also sees the
+# latent $z$, for $10 (k + 1)$ epochs; Adam at $10^{-4}$ with betas $(0.5, 0.999)$, and
 #
 # $$L_D = \mathbb E\,\mathrm{softplus}(-D(x, z)) + \mathbb E\,\mathrm{softplus}(D(G(z), z))
 #         + 10\,\mathbb E\,(\lVert\nabla_{\tilde x} D(\tilde x, z)\rVert_2 - 1)^2,$$
 #
-# after which every weight of the critic is clamped to $[-0.1, 0.1]$. No reconstruction term. Layers, losses, batches and
-# optimizers below are exactly these. The budget is not: a fortieth of the epochs by default (`paper_epochs`), on 1,500
-# trajectories of 100 steps in place of 20,000 of 1000. More epochs are not what it lacks: all ten (`-p paper_epochs 10`,
-# 31,950 steps, about half an hour) end at an FD-digits of 147 (seed 0, 5000 images), no better than the fortieth.
+# with $\tilde x$ on the segment between $x$ and $G(z)$, after which every weight of the critic is clamped to
+# $[-0.1, 0.1]$. No reconstruction term. Layers, losses, batches and optimizers below are exactly these. The budget is not: a
+# fortieth of the epochs by default (`paper_epochs`), on 1,500 trajectories of 100 steps in place of 20,000 of 1000. More
+# epochs are not what it lacks: all ten (`-p paper_epochs 10`, 31,950 steps, about half an hour) end at an FD-digits of
+# 147 (seed 0, 5000 images), no better than the fortieth. (That is a distance to real digits, which notebook 4 explains;
+# the improved recipe's is below 1.)
 
 # %% tags=["nbval-ignore-output"]
 fields = {"critic_loss": "critic loss", "student_loss": "student loss", "penalty": "(gradient norm - 1)$^2$"}
@@ -144,7 +165,8 @@ _ = save_figure(figure, f"figures/{preset}", "paper_curves")
 # gives either batch the same mean and variance in every layer: most of what tells them apart is gone before the last
 # layer. We can ask the last critic of each recipe about 500 images of the teacher and 500 of its student: the AUC is the
 # chance that it scores a random one of the teacher's higher than a random one of the student's, 0.5 being a guess. Once
-# as in training, and once with BatchNorm's running statistics, which are the same for both.
+# as in training, and once with BatchNorm's running statistics, which are the same for both (the improved recipe's critic has
+# no BatchNorm: twice the same number). And how steep is the critic, by the norm of its gradient at the teacher's images?
 
 # %%
 answers, n = [], min(500, len(store), len(paper_store), 2**24 // noise[0].numel())
@@ -172,7 +194,8 @@ answers
 # As it is used in training, the paper's critic can only guess, although what its student makes (below, right) is easily
 # told from a digit: a critic that is *flat*. The improved recipe's critic is not far from guessing either, and its loss is close
 # to 1.39, for the opposite reason: its student's digits are hard to tell from the teacher's. Its gradient is steeper, and
-# it goes on teaching. Which of the two causes weighs more in the paper's recipe, this notebook does not separate.
+# it goes on teaching. Which of the two causes weighs more in the paper's recipe, this notebook does not separate (notebook 5
+# changes one thing at a time). The teacher's images, and what the two students make of the same noise:
 
 # %%
 import matplotlib.pyplot as plt
@@ -201,6 +224,9 @@ if (preset, recipe, teacher, steps, paper_epochs, seed, overrides) == defaults: 
 # %% [markdown]
 # ## Exercises
 #
-# 1. Remove only the clamp: `penalty="gp+clip"` is one `if` in `train_advkd.py`. Does the gradient come back?
-# 2. Train the improved recipe with `target="xt"` or `fresh_share=0.0`; every field of a preset can be replaced.
-# 3. Watch a run live: `tensorboard --logdir runs/`.
+# 1. Remove only the clamp: `penalty="gp+clip"` is one `if` in `advkd/train_advkd.py`; remove the paper's run in `runs/digits`,
+#    which would only be read again. Does the gradient come back?
+# 2. Train the improved recipe with `overrides='{"target": "xt"}'` or `'{"fresh_share": 0.0}'`; every field of a preset
+#    (`Preset` in `advkd/presets.py`) can be replaced.
+# 3. Replace `slerp` in `advkd/explore.py` by a straight line. What becomes of the images halfway?
+# 4. Watch a run live: `tensorboard --logdir runs/`.

@@ -13,11 +13,12 @@
 # to see whether a student has only memorised.
 #
 # **What you need:** the students of notebook 3; this notebook trains them if they are missing.
-# **How long:** one minute on two CPU cores.
+# **How long:** one minute on two CPU cores, once the students are there (two to three times as long without bfloat16, see the
+# README).
 #
 # ## The measure
 #
-# The Frechet distance compares mean and covariance of features of generated and real images,
+# The Frechet distance compares mean $\mu$ and covariance $\Sigma$ of features of generated and real images,
 # $\lVert\mu - \mu'\rVert^2 + \mathrm{tr}(\Sigma + \Sigma' - 2 (\Sigma \Sigma')^{1/2})$. With Inception's 2048 features it is called
 # FID. Those features know nothing of digits, so here they are the 64 penultimate features of a small digit classifier
 # trained on the train split. We call the result **FD-digits**; it is *not* comparable with any FID.
@@ -55,8 +56,8 @@ improved = find_preset(preset, "improved", teacher, **given | ({"steps": steps} 
 recipes = {"paper": find_preset(preset, "paper", teacher, **given | {"epochs": paper_epochs}), "improved": improved}
 
 # %% [markdown]
-# The metric comes first, so that what it misses (Inception's weights, for images without a classifier here) is said before
-# hours of work.
+# The metric comes first: where something is missing (Inception's weights, for images without a classifier here), it is said
+# before hours of work.
 
 # %%
 from advkd.evaluation import (
@@ -77,7 +78,8 @@ metric = Metric(improved.data, inception=inception or None)
 # %% [markdown]
 # ## Teacher and students
 #
-# The teacher's images are the last states of its trajectories, so nothing is sampled twice.
+# The teacher's images are the last states of its trajectories, so nothing is sampled twice. 600 real digits were held out from
+# teacher, students and classifier alike; the other 1197 are the train split.
 
 # %%
 model = load_teacher(improved, teacher or None)
@@ -101,7 +103,8 @@ walks = {name: stores[name].images(slice(count)) for name in recipes}
 # %% [markdown]
 # ## Table 1
 #
-# Precision is the share of samples that lie among real images, recall the share of real images that lie among samples.
+# Precision is the share of samples that lie among real images: nearer to one of them, in features, than that one is to its
+# third neighbour among real images. Recall is the same the other way round, the share of real images among samples.
 
 # %%
 rows, step_ms = [], teacher_latency_ms(model, 1)
@@ -178,6 +181,10 @@ from IPython.display import Markdown
 Markdown(markdown(rows, shown))
 
 # %% [markdown]
+# One step is nearer to the train split than the teacher's 50, with a quarter of the parameters and a hundredth of the time, but
+# not to the held-out digits, and its recall is lower. "Nearer to train" is explained below ("Has it memorised?"). The paper's
+# recipe has collapsed: not one of its samples lies among real digits.
+#
 # ## Beside the paper
 #
 # The paper's Table 1 is about CelebA faces at 256 px; its FID protocol (number of images, reference split, resizing) is
@@ -238,7 +245,7 @@ Markdown(
 #
 # All at the same sample size. The band is the floor: real digits against real digits. A model can fall below it: teacher,
 # student and extractor were trained on the train split, so they resemble it more than new digits do (held-out digits alone
-# score `floor_heldout_against_train` in the protocol). The held-out column of Table 1 gives nobody this advantage; there,
+# score 1.28: `floor_heldout_against_train` in `table1.json`). The held-out column of Table 1 gives nobody this advantage; there,
 # look whether the student still keeps up with its teacher.
 
 # %%
@@ -270,6 +277,10 @@ if improved.data in FACTORS:  # a folder has no classes to agree on
 
 # %% tags=["nbval-ignore-output"]
 agree
+
+# %% [markdown]
+# A third of the student's images are the teacher's digit, three times as many as by chance; for the others the student has
+# found another digit that fits the latent (notebook 3). Below, the first 64 of each.
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(9, 3.3))
@@ -308,10 +319,13 @@ if chosen == defaults and count >= 5000:  # what the README claims
 # ## What this does not show
 #
 # One training seed (`-p seed`), one feature space, and a metric that does not punish memorisation. And one step has a price,
-# recall: the student reaches a smaller share of the real digits than its teacher. Several seeds and other feature spaces
-# belong to an ablation study.
+# recall: the student reaches a smaller share of the real digits than its teacher. Notebook 5 has several seeds and a second
+# feature space.
 #
 # ## Exercises
 #
-# 1. Evaluate the student's first 500, 1000 and 2000 samples with `metric.compare`. How does the distance fall?
-# 2. Score with FID: `-p inception FILE` takes Inception's weights. What does a network trained on photographs see in digits?
+# 1. Evaluate the student's first 500, 1000 and 2000 samples with `metric.compare(samples["improved"][:500], train)`. How does
+#    the distance fall?
+# 2. Which digits become which? Count the pairs in `classes`, the teacher's digit against the student's from the same noise
+#    (`torch.bincount(10 * classes[0] + classes[1], minlength=100).view(10, 10)`).
+# 3. Score with FID: `-p inception FILE` takes Inception's weights. What does a network trained on photographs see in digits?

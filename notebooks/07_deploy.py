@@ -14,7 +14,7 @@
 #
 # **What you need:** the student of notebook 3 (trained here if it is missing). The rows at the paper's size are committed,
 # since measuring them takes twenty minutes of an idle machine (last section).
-# **How long:** a minute on two CPU cores.
+# **How long:** a minute on two CPU cores, once the student is there.
 #
 # The paper promises a model for devices with few resources and reports its parameters. Parameters are not what such a
 # device runs out of: it runs out of time, memory and battery. So these are measured.
@@ -78,8 +78,8 @@ assert made["float32"]["max_difference"] < 1e-4
 
 # %% [markdown]
 # Eight bits: each output channel of a convolution has a scale for its weights, each activation one that is calibrated on
-# latents that nothing is measured by. Weights are given 7 of the 8 bits: processors without VNNI add two products of 8 and 8 bits
-# in 16, which overflow.
+# latents that nothing is measured by. Weights are given 7 of the 8 bits: processors without VNNI (instructions made for sums of
+# 8-bit products) add two products of 8 and 8 bits in 16, which overflow.
 
 # %%
 made["int8"] = quantize_onnx(files["float32"], files["int8"])
@@ -101,7 +101,7 @@ _ = save_figure(figure, f"figures/{preset}", "int8")
 # %% [markdown]
 # ### What does the distance say?
 #
-# The distance to the train split of all images, their number on disk, and one image's time on one thread, here and now.
+# The distance `fd` of all images to the train split (notebook 4), the file's size, and one image's time on one thread, here and now.
 
 
 # %%
@@ -260,7 +260,9 @@ _ = save_figure(figure, f"figures/{preset}", "strips")
 #
 # ## Exercises
 #
-# 1. Export a student with `latent="full"` (`-p overrides` of notebook 3). How much does its larger input cost?
-# 2. `quantize_onnx` calibrates on latents N(0, 1). What happens to the distance with eight of them, and with latents twice as large?
+# 1. Export a student with `latent="full"` (notebook 3 with `overrides='{"latent": "full"}'` trains it, `advkd export` writes it).
+#    How much does its larger input cost?
+# 2. `quantize_onnx` calibrates on latents N(0, 1), or on those that it is given (`latents`). What happens to the distance with
+#    eight of them, and with latents twice as large?
 # 3. The improved widths at 256 px are 160, 128, 96, 48, 24, 16. Find widths with the same parameters and half the time. What does
 #    `submodule_costs` say about the price of the first submodules?

@@ -2,6 +2,10 @@
 
 import os
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import matplotlib
 import pytest
@@ -12,6 +16,7 @@ from advkd.presets import load_preset
 from advkd.teacher import load_teacher
 from advkd.trajectories import generate_trajectories
 
+ROOT = Path(__file__).parents[1]
 TINY = dict(
     trajectories=12,
     shard_size=5,
@@ -68,6 +73,34 @@ def browser(lacking):
         chromium = playwright.chromium.launch(executable_path=path, args=quiet)
         yield chromium
         chromium.close()
+
+
+@pytest.fixture
+def lab(tmp_path):
+    """A JupyterLab on loopback in `tmp_path`, with its token: the address to open. Its kernels show progress, as readers see it."""
+    state = {f"JUPYTER_{name}_DIR": str(tmp_path / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
+    state |= {"IPYTHONDIR": str(tmp_path / "ipython"), "PYTHONPATH": str(ROOT)}
+    environment = {name: value for name, value in os.environ.items() if name not in ("ADVKD_PROGRESS", "ADVKD_FIGURES")}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", "--port=0", "--allow-root"]
+    with (tmp_path / "lab.log").open("w") as log:
+        server = subprocess.Popen(
+            [*command, f"--notebook-dir={tmp_path}"], env=environment | state, stdout=log, stderr=subprocess.STDOUT
+        )
+    try:
+        yield _address(tmp_path, server)
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def _address(tmp_path, server) -> str:
+    for _ in range(600):
+        for line in (tmp_path / "lab.log").read_text().splitlines():
+            if "http://127.0.0.1" in line and "token=" in line:
+                return line[line.index("http://127.0.0.1") :].strip()
+        assert server.poll() is None, (tmp_path / "lab.log").read_text()
+        time.sleep(0.1)
+    raise TimeoutError((tmp_path / "lab.log").read_text())
 
 
 @pytest.fixture(scope="session")

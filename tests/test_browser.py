@@ -1,46 +1,10 @@
 """JupyterLab in a real browser: what readers click. pip has no browser: without a Chromium on the path it is skipped, but
 with ADVKD_REQUIRE_BROWSER set, as in CI, it fails."""
 
-import os
-import subprocess
-import sys
-import time
-from pathlib import Path
-
 import nbformat
-import pytest
 from playwright.sync_api import expect
 
 from advkd.preference import read_votes
-
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def lab(tmp_path):
-    """A JupyterLab on loopback in `tmp_path`, with its token: the address to open."""
-    state = {f"JUPYTER_{name}_DIR": str(tmp_path / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
-    state |= {"IPYTHONDIR": str(tmp_path / "ipython"), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", "--port=0", "--allow-root"]
-    with (tmp_path / "lab.log").open("w") as log:
-        server = subprocess.Popen(
-            [*command, f"--notebook-dir={tmp_path}"], env=os.environ | state, stdout=log, stderr=subprocess.STDOUT
-        )
-    try:
-        yield _address(tmp_path, server)
-    finally:
-        server.terminate()
-        server.wait(30)
-
-
-def _address(tmp_path, server) -> str:
-    for _ in range(600):
-        for line in (tmp_path / "lab.log").read_text().splitlines():
-            if "http://127.0.0.1" in line and "token=" in line:
-                return line[line.index("http://127.0.0.1") :].strip()
-        assert server.poll() is None, (tmp_path / "lab.log").read_text()
-        time.sleep(0.1)
-    raise TimeoutError((tmp_path / "lab.log").read_text())
 
 
 def test_the_preference_panel_takes_votes_in_jupyterlab(browser, lab, tmp_path):
