@@ -197,11 +197,12 @@ def _generate(
         remove_halves(folder, name)
     missing = {name: indices for name, indices in shards.items() if not _is_made(folder, name, indices, manifest)}
     if missing:
+        where = pick_device(device)
         check_disk(folder, sum(map(len, missing.values())) * sample_bytes(preset), "the trajectories")
         if rank == 0:  # says nothing of shards that are to be made
             kept = {file: entry for file, entry in manifest["shards"].items() if Path(file).stem not in missing}
             _write_manifest(folder, manifest | {"shards": kept})
-        with _computing_in(teacher, preset.teacher_dtype, pick_device(device)):
+        with _computing_in(teacher, preset.teacher_dtype, where):
             _make_shards(teacher, preset, folder, mine, missing, progress and rank == 0)
     if missing or list(folder.glob("shard-*.json")):
         _seal(folder, shards, rank)
@@ -339,7 +340,7 @@ def _read_tensor(path: Path, name: str) -> Tensor:
 def _read_json(path: Path) -> dict | None:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); remove {path.parent} and generate it again") from error
@@ -390,6 +391,12 @@ class TrajectoryStore:
 
     def __len__(self) -> int:
         return self.config["trajectories"]
+
+    def check_fits(self, preset: Preset) -> None:
+        """Raise UserError that names the fields where the states are of another shape than the preset's submodules make."""
+        shape = {name: getattr(preset, name) for name in ("image_size_px", "channels", "submodules")}
+        if different := differences({name: self.config[name] for name in shape}, shape):
+            raise UserError(f"the trajectories in {self.folder} do not fit the preset ({'; '.join(different)})")
 
     def made_with(self) -> dict:
         """The fields of a preset that the store was made with."""
