@@ -48,6 +48,12 @@ def check_disk(folder: Path, wanted: int, what: str) -> None:
         )
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder that results will go to, before hours are spent on them. Raises UserError where that is not possible."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 def first_line(error: Exception) -> str:
     """What an error says, in one line."""
     return str(error).strip().split("\n")[0] or type(error).__name__
@@ -262,6 +268,14 @@ def load_checkpoint(path: Path, modules: dict[str, nn.Module], optimizers: dict[
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, a handle is no dict
         if fingerprint(tensors, json.dumps([state, groups])) != about["checksum"]:
             raise ValueError("its checksum differs: it is damaged")
+        for name, module in modules.items():
+            there = {
+                full.removeprefix(f"{name}/"): list(x.shape)
+                for full, x in tensors.items()
+                if full.startswith(f"{name}/")
+            }
+            if different := differences(there, {key: list(x.shape) for key, x in module.state_dict().items()}):
+                raise ValueError(f"it holds another {name}: {different[0]}")
     for name, module in modules.items():
         prefix = f"{name}/"
         module.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})

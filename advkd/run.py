@@ -102,6 +102,8 @@ def _train(
         this["features"] = {"weights": dino.fingerprint}
     if identity := getattr(images, "identity", None):  # of a folder, whose files may change
         this["images"] = {"decoded": identity}
+    if preset.method == "advkd":
+        trajectories.check_fits(preset)
     _check_folder(folder, this, resume)
     total = Plan(preset, len(trajectories)).steps
     if (folder / PIPELINE / "model_index.json").exists():
@@ -192,7 +194,7 @@ def _check_folder(folder: Path, this: dict, resume: bool) -> None:
         return  # nothing was made yet, even where an earlier call got as far as run.json
     other = "choose another folder or remove it"
     if not resume:
-        raise UserError(f"{folder} holds a run already; resume it, {other}")
+        raise UserError(f"{folder} holds a run already; go on with --resume, {other}")
     if not (folder / RUN).exists():
         raise UserError(f"{folder} does not say what it holds (no {RUN}); {other}")
     made = read_run(folder)
@@ -292,7 +294,11 @@ def load_run(folder: Path | str) -> StudentPipeline:
             return pipeline
     if (Path(folder) / CHECKPOINT).exists():
         raise UserError(f"{folder} holds a training that was interrupted; go on with it: the same command and --resume")
-    raise UserError(f"{folder} holds no student; train one with: python -m advkd train --out {folder}")
+    why = "" if Path(folder).is_dir() else " (there is no such folder)"
+    raise UserError(
+        f"{folder} holds no student{why}; give the folder of a finished training (python -m advkd train --out FOLDER) or of "
+        "a saved pipeline"
+    )
 
 
 def read_run(folder: Path | str) -> dict | None:
