@@ -1,6 +1,5 @@
 """Figures and tables: grids, curves, and the only writers of the figures folder."""
 
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.utils import make_grid
 
-from advkd.files import locked, project_root, write_atomic, write_json, write_text
-from advkd.presets import config_hash
+from advkd.files import locked, make_folder, project_root, read_object, write_atomic, write_json, write_text
+from advkd.presets import UserError, config_hash
 
 DPI = 110
 COMPARABLE = ("extractor", "unseen", "teacher_fingerprint", "images", "sampling_seed", "fd_train_subset")
@@ -134,10 +133,25 @@ def keep_row(
     """
     path, row = figures_folder(folder) / f"{name}.json", row | {"study": study_hash(protocol)}
     with locked(path):
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+        rows = _read_rows(path)
         rows = {place(r): r for r in [*rows, row] if r.get("study") == row["study"]}
         ordered = [rows[at] for at in sorted(at for at in rows if at is not None)]
         return save_table(ordered, protocol, folder, name, shown)[0]
+
+
+def _read_rows(path: Path) -> list[dict]:
+    if not path.exists():
+        return []
+    rows = read_object(path, mend := "restore or remove it").get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path} is damaged (no rows); {mend}")
+    return rows
+
+
+def check_table(folder: Path | str, name: str) -> None:
+    """Raise UserError where `keep_row` could not keep a row, before hours are spent on one."""
+    make_folder(figures_folder(folder))
+    _read_rows(figures_folder(folder) / f"{name}.json")
 
 
 def study_hash(protocol: dict) -> str:
