@@ -161,8 +161,8 @@ def check(p: Preset) -> None:
     size, k = p.image_size_px, p.submodules
     if size < 8 or size & (size - 1):
         raise UserError(f"image_size_px is {size}, but must be a power of two, 8 or more")
-    if k < 1:
-        raise UserError(f"submodules is {k}, but must be 1 or more")
+    if not 1 <= k <= TRAIN_TIMESTEPS:
+        raise UserError(f"submodules is {k}, but must be 1 or more" + (f", {TRAIN_TIMESTEPS} at most" if k > 1 else ""))
     sizes = sorted(set(p.resolutions))
     if len(p.widths) != len(sizes):
         raise UserError(f"widths has {len(p.widths)} entries {p.widths}, but the submodules' images have {sizes} px")
@@ -174,11 +174,6 @@ def check(p: Preset) -> None:
         raise UserError(
             f"sampler_steps is {p.sampler_steps}, but must divide {TRAIN_TIMESTEPS}, as 50, 100 or 1000 do"
             + (f"; with one submodule, 1 to {TRAIN_TIMESTEPS}" if k == 1 else "")
-        )
-    if k - 1 > p.sampler_steps:
-        raise UserError(
-            f"submodules is {k}, but sampler_steps is {p.sampler_steps}, which passes through fewer states: "
-            f"{p.sampler_steps + 1} submodules at most"
         )
     for field in dataclasses.fields(p):
         allowed, value = getattr(field.type, "__args__", ()), getattr(p, field.name)

@@ -316,12 +316,7 @@ CASES = [
     sets(
         "more submodules than states",
         "submodules=1001",
-        "submodules is 1001, but sampler_steps is 50, .* 51 submodules at most",
-    ),
-    sets(
-        "more submodules than steps of the sampler",
-        "submodules=60",
-        "submodules is 60, but sampler_steps is 50, .* 51 submodules at most",
+        "submodules is 1001, but must be 1 or more, 1000 at most",
     ),
     sets("true for a number", "submodules=true", "submodules is True, but must be a whole number"),
     sets(
