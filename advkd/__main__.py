@@ -1,7 +1,9 @@
 """The command line: python -m advkd COMMAND; `python -m advkd --help` lists them."""
 
 import json
+import math
 import os
+import shutil
 import sys
 from dataclasses import replace
 from functools import partial
@@ -48,6 +50,7 @@ def cli(threads: int | None, deterministic: bool):
             torch.backends.cudnn.benchmark = False
 
 
+TORCH_SEED = click.IntRange(0, 2**63 - 1)
 PRESET = click.option("--preset", "name", default="digits", help="What to work on: digits, glyphs, celebahq, ...")
 OWN = click.option(
     "--preset",
@@ -77,7 +80,7 @@ STUDENT = click.argument("student", type=click.Path(path_type=Path))
 @PRESET
 @OUT
 @click.option("--steps", type=click.IntRange(1), default=8000, help="Optimizer steps.")
-@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of weights, noise and batches.")
+@click.option("--seed", type=TORCH_SEED, default=0, help="Seed of weights, noise and batches.")
 @click.option("--resume", is_flag=True, help="Go on from an interrupted run in the same folder.")
 def teacher(name: str, out: Path, steps: int, seed: int, resume: bool):
     """Train a small diffusion teacher on the preset's train split and save it in diffusers format."""
@@ -92,20 +95,38 @@ def _teach(preset: Preset, out: Path, steps: int, seed: int, resume: bool) -> No
     from tqdm import tqdm
 
     from advkd.data import load_images, reference_images
-    from advkd.files import quiet, read_records, remove_halves, write_csv
+    from advkd.files import (
+        differences,
+        make_folder,
+        quiet,
+        read_object,
+        read_records,
+        remove_halves,
+        write_csv,
+        write_json,
+    )
     from advkd.teacher import TeacherRecord, new_teacher, save_teacher, train_teacher
 
-    checkpoint = out / "checkpoint.safetensors"
-    if (out / "model_index.json").exists():
-        if not resume:
-            raise UserError(f"{out} holds a finished teacher; choose another folder or remove it")
-        checkpoint.unlink(missing_ok=True)  # of a run that ended just before it did so itself
-        return
+    checkpoint, run = out / "checkpoint.safetensors", out / "run.json"
+    asked = {"preset": preset.name, "steps": steps, "seed": seed}
+    finished = (out / "model_index.json").exists()
+    if finished and not resume:
+        raise UserError(f"{out} holds a finished teacher; choose another folder or remove it")
     if checkpoint.exists() and not resume:
         raise UserError(f"{out} holds an interrupted run; go on with --resume, or remove it")
+    made = read_object(run, f"choose another folder or remove {out}") if finished or run.exists() else asked
+    if different := differences(made, asked):
+        raise UserError(f"{out} belongs to another run ({'; '.join(different)}); choose another folder or remove it")
+    if finished:
+        checkpoint.unlink(missing_ok=True)  # of a run that was killed just before it did so itself
+        return
     unet, scheduler = new_teacher(preset, seed)
     train, heldout = load_images(preset, "train")[0], reference_images(preset, "heldout", 600)[0]
-    remove_halves(out)
+    make_folder(out)
+    remove_halves(out, "checkpoint.safetensors", "curve.csv", "run.json")
+    for half in out.glob(".half.*"):
+        shutil.rmtree(half)
+    write_json(run, asked)
     records = train_teacher(
         unet, scheduler, train, heldout, steps=steps, seed=seed, checkpoint=checkpoint, resume=resume
     )
@@ -130,7 +151,7 @@ def _teach(preset: Preset, out: Path, steps: int, seed: int, resume: bool) -> No
 @OUT
 @click.option("--steps", type=click.IntRange(1), default=3000, help="Optimizer steps.")
 @click.option("--learning-rate", type=float, default=2e-3, help="Of AdamW.")
-@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of weights and batches.")
+@click.option("--seed", type=TORCH_SEED, default=0, help="Seed of weights and batches.")
 def extractor(name: str, out: Path, steps: int, learning_rate: float, seed: int):
     """Train the classifier whose features the images are compared in, on the preset's train split."""
     import torch
@@ -138,17 +159,20 @@ def extractor(name: str, out: Path, steps: int, learning_rate: float, seed: int)
 
     from advkd.data import FACTORS, load_images, reference_images
     from advkd.extractor import Extractor, accuracy, save_extractor, train_extractor
+    from advkd.files import make_folder, quiet
 
     if (out / "config.json").exists():
         raise UserError(f"{out} holds a finished extractor; choose another folder or remove it")
     preset = load_preset(name)
     train, heldout = load_images(preset, "train"), reference_images(preset, "heldout")
+    if not (math.isfinite(learning_rate) and learning_rate > 0):
+        raise UserError(f"--learning-rate is {learning_rate}, but must be a positive, finite number")
+    make_folder(out)
     torch.manual_seed(seed)
     sizes = tuple(FACTORS[preset.data].values())
     model = Extractor(preset.image_size_px, preset.channels, sizes if len(sizes) > 1 else sizes[0])
-    for _ in tqdm(
-        train_extractor(model, *train, steps=steps, learning_rate=learning_rate, seed=seed), total=steps, unit="step"
-    ):
+    records = train_extractor(model, *train, steps=steps, learning_rate=learning_rate, seed=seed)
+    for _ in tqdm(records, total=steps, unit="step", disable=quiet(True)):
         pass
     save_extractor(model, out)
     click.echo(f"extractor: {out}, accuracy on held-out images {accuracy(model, *heldout):.4f}")
@@ -190,6 +214,8 @@ def _given(fields: tuple[str, ...], options: dict) -> dict:
     found = {field: value for field, value in options.items() if value is not None}
     for field in fields:
         name, equals, value = field.partition("=")
+        if option := {"name": "--preset", "recipe": "--recipe", "teacher": "--teacher"}.get(name):
+            raise UserError(f"{name} is no field to set; write {option} {value}")
         if not equals:
             raise UserError(f"--set {field} has no value; write --set {field}=VALUE")
         try:
@@ -275,11 +301,13 @@ def train(
     if idle in given:
         raise UserError(f"--{idle} has no effect on recipe {recipe!r}, whose schedule is {preset.schedule!r}")
     if given.get("images") and not preset.real_share:
-        raise UserError(f"--images have no effect on recipe {recipe!r}, which trains without real images")
+        raise UserError(
+            f"--images have no effect on recipe {recipe!r}, which trains without real images; leave them out"
+        )
     _say(describe(preset))
+    images = load_images(preset, "train")[0] if preset.real_share else None  # before the teacher works for hours
     if not store:
         opened = generate_trajectories(load_teacher(preset), preset, out / "trajectories", device=device)
-    images = load_images(preset, "train")[0] if preset.real_share else None
     last = finish(train_run(preset, opened, out, images=images, resume=resume, device=device))
     _say(f"student: {out / 'student'}, {last.step} steps, {last.images_seen} images seen")
 
@@ -322,10 +350,12 @@ def demo(student: Path, out: Path | None, port: int, no_serve: bool):
     """
     from tempfile import TemporaryDirectory
 
-    from advkd.demo import build_demo, fetched_runtime, serve_demo
+    from advkd.demo import build_demo, check_port, fetched_runtime, serve_demo
 
     if no_serve and not out:
         raise UserError("--no-serve without --out leaves nothing behind; say where to write: --out FOLDER")
+    if not no_serve:
+        check_port(port)
     with TemporaryDirectory(prefix="advkd-demo-") as temporary:
         folder = out or Path(temporary)
         runtime = build_demo(student, folder, fetched_runtime())["runtime"]
@@ -392,7 +422,7 @@ def evaluate(
     """Compare a student's images with the real ones; writes a row with its protocol, and into the student's card."""
     from advkd.data import reference_images
     from advkd.evaluation import Metric, protocol, sample_student, student_latency_ms, student_row
-    from advkd.files import write_json
+    from advkd.files import make_folder, write_json
     from advkd.run import load_run, read_run
 
     pipeline = load_run(student)
@@ -408,6 +438,7 @@ def evaluate(
             f"{student} makes {shape[0]} channels at {shape[1]} px, "
             f"but preset {name!r} has {preset.channels} at {preset.image_size_px}"
         )
+    make_folder(out.parent)
     train_images, heldout = reference_images(preset, "train")[0], reference_images(preset, "heldout")[0]
     samples = sample_student(pipeline, count, seed, steps=steps)
     row = student_row(pipeline, about.get("recipe"), steps)
@@ -431,14 +462,15 @@ def ablate(name: str, groups: tuple[str, ...], workers: int):
     """Train and score the ablations that are missing; rows go to figures/PRESET/ablations.json as they are ready."""
     from advkd.ablations import SHOWN, ablation_place, ablation_protocol, jobs
     from advkd.ablations import ablate as run
-    from advkd.figures import keep_row
+    from advkd.figures import check_table, keep_row
     from advkd.quality import Judge
 
+    judge, failed = Judge(load_preset(name)), 0
     chosen = jobs(name)
     if unknown := [group for group in groups if group not in {job.group for job in chosen}]:
         known = ", ".join(dict.fromkeys(repr(job.group) for job in chosen))
         raise UserError(f"there is no group {unknown[0]!r}; groups: {known}")
-    judge, failed = Judge(load_preset(name)), 0
+    check_table(f"figures/{name}", "ablations")
     for row in run(judge, [job for job in chosen if not groups or job.group in groups], workers):
         table = f"figures/{name}", "ablations", {field: field for field in SHOWN}
         path = keep_row(row, partial(ablation_place, name), ablation_protocol(judge), *table)
@@ -453,7 +485,7 @@ def ablate(name: str, groups: tuple[str, ...], workers: int):
 @WORKERS
 def quality(name: str, paper_epochs: float, chosen: tuple[str, ...], workers: int):
     """Measure students and teacher over seeds in figures/PRESET/quality.json (hours from nothing; resumable)."""
-    from advkd.figures import keep_row
+    from advkd.figures import check_table, keep_row
     from advkd.quality import SAMPLERS, SHOWN, Judge, quality_place, quality_protocol
     from advkd.quality import quality as run
 
@@ -461,6 +493,7 @@ def quality(name: str, paper_epochs: float, chosen: tuple[str, ...], workers: in
     if unknown := [sampler for sampler in chosen if sampler not in known]:
         raise UserError(f"there is no sampler {unknown[0]!r}; samplers: {', '.join(known)}")
     judge = Judge(load_preset(name))
+    check_table(f"figures/{name}", "quality")
     protocol = quality_protocol(judge) | {"paper_epochs": f"{paper_epochs} of the paper's 10"}
     for row in run(name, judge, workers, paper_epochs, [known[sampler] for sampler in chosen or known]):
         path = keep_row(row, quality_place, protocol, f"figures/{name}", "quality", SHOWN)
@@ -478,7 +511,7 @@ def quality(name: str, paper_epochs: float, chosen: tuple[str, ...], workers: in
 @WORKERS
 def compare(name: str, methods: tuple[str, ...], budgets: tuple[float, ...], workers: int):
     """Train and measure all methods side by side in figures/PRESET/head_to_head.json (hours from nothing; resumable)."""
-    from advkd.figures import keep_row
+    from advkd.figures import check_table, keep_row
     from advkd.head_to_head import (
         BUDGETS,
         CONTESTANTS,
@@ -497,6 +530,7 @@ def compare(name: str, methods: tuple[str, ...], budgets: tuple[float, ...], wor
             raise UserError(f"there is no {what} {unknown[0]!r}; {what}s: {', '.join(map(str, known))}")
     chosen = [j for j in jobs(name) if (not methods or j.method in methods) and (not budgets or j.budget in budgets)]
     judge, failed = Judge(load_preset(name)), 0
+    check_table(f"figures/{name}", "head_to_head")
 
     def rows():
         yield from run(judge, chosen, workers)
@@ -531,13 +565,15 @@ def benchmark(name: str, device: str, batches: tuple[int, ...], kinds: tuple[str
     from advkd.benchmark import benchmark as run
     from advkd.devices import pick_device
     from advkd.figures import figures_folder, plot_benchmark, save_figure, save_table
-    from advkd.files import quiet
+    from advkd.files import make_folder, quiet, read_object
 
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise UserError(f"there is no kind {unknown[0]!r}; kinds: {', '.join(KINDS)}")
     chosen = [c for c in cases(name, str(pick_device(device)), batches) if not kinds or c.kind in ("matrix", *kinds)]
     path = figures_folder("figures") / "benchmark.json"
-    earlier = json.loads(path.read_text(encoding="utf-8")) if kinds and path.exists() else None
+    make_folder(path.parent)
+    again = "remove it and measure all of it, without --only"
+    earlier = read_object(path, again) if kinds and path.exists() else None
     rows = earlier["rows"] if earlier and earlier["protocol"] == protocol(name) else []
     rows = [row for row in rows if row["kind"] not in ("matrix", *kinds)]
     for row in tqdm(run(chosen), total=len(chosen), unit="row", disable=quiet(True)):
@@ -561,19 +597,21 @@ def deploy(student: Path | None, name: str, kinds: tuple[str, ...]):
     from advkd.deploy import KINDS, SHOWN, cases, protocol
     from advkd.deploy import deploy as run
     from advkd.figures import figures_folder, save_table
-    from advkd.files import differences, quiet
+    from advkd.files import differences, make_folder, quiet, read_object
     from advkd.run import default_run, load_run
 
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise UserError(f"there is no kind {unknown[0]!r}; kinds: {', '.join(KINDS)}")
+    load_preset(name)  # which must exist before anything is measured
     chosen = [case for case in cases(name) if not kinds or case.kind in kinds]
     trained = any(case.kind == "trained" for case in chosen)
     pipeline = load_run(student or default_run(load_preset("digits"))) if trained else None
     path = figures_folder("figures") / "deploy.json"
+    make_folder(path.parent)
     about = protocol(name) | ({"trained": pipeline.facts.get("preset", "not recorded")} if trained else {})
     rows = []
     if kinds and path.exists():
-        earlier = json.loads(path.read_text(encoding="utf-8"))
+        earlier = read_object(path, "remove it and measure all of it, without --only")
         about = {"trained": earlier["protocol"].get("trained")} | about
         if different := differences(earlier["protocol"] | {"trained": about["trained"]}, about):
             raise UserError(

@@ -57,15 +57,16 @@ def build_demo(source: Path | str | StudentPipeline, folder: Path | str, runtime
     about = describe_student(student, made["preset"] if made else {})
     if runtime is not None:
         check_runtime(Path(runtime))
-        for name in RUNTIME["files"]:
-            _copy(Path(runtime) / name, folder / "ort" / name)
+    # First what can fail, so that there is no page without a student.
+    export_onnx(student, folder / MODEL, heads=student.config.training_heads, tolerance=TOLERANCE)
+    if about["generator"] != MODEL:
+        export_onnx(student.generator(), folder / GENERATOR, tolerance=TOLERANCE)
+    for name in RUNTIME["files"] if runtime is not None else ():
+        _copy(Path(runtime) / name, folder / "ort" / name)
     about["runtime"] = {name: RUNTIME[name] for name in ("package", "version", "files")}
     about["runtime"]["base"] = "ort/" if runtime is not None else cdn()
     for name in PAGE:
         _copy(WEB / name, folder / name)
-    export_onnx(student, folder / MODEL, heads=student.config.training_heads, tolerance=TOLERANCE)
-    if about["generator"] != MODEL:
-        export_onnx(student.generator(), folder / GENERATOR, tolerance=TOLERANCE)
     latents = make_latent(seeded_noise(range(about["count"]), student.image_shape, SEED), student.sampled_from)
     write_atomic(folder / LATENTS, lambda file: file.write_bytes(latents.numpy().astype("<f4").tobytes()))
     write_json(folder / ABOUT, about)
@@ -185,6 +186,15 @@ def demo_server(folder: Path | str, port: int = 0) -> ThreadingHTTPServer:
     folder = Path(folder)
     if not (folder / ABOUT).is_file():
         raise UserError(f"{folder} holds no demo; build one with: python -m advkd demo STUDENT --out {folder}")
+    return _bound(folder, port)
+
+
+def check_port(port: int) -> None:
+    """Raise UserError when the port cannot be had, before a page is made for it."""
+    _bound(Path(), port).server_close()
+
+
+def _bound(folder: Path, port: int) -> _Server:
     try:
         return _Server(folder, port)
     except OSError as error:

@@ -95,9 +95,14 @@ def deploy(chosen: list[Case], student: StudentPipeline | None = None) -> Iterat
     of submodules or whose images are no digits.
     """
     if student is not None and getattr(student.student, "image_shape", None) != load_preset("digits").image_shape:
-        raise UserError(f"the student makes images of {student.student.image_shape}, but the trained one's are digits")
+        raise UserError(
+            f"{student.name_or_path} makes images of {student.student.image_shape}, but the trained one's are digits, "
+            f"{load_preset('digits').image_shape}"
+        )
     if student is not None and not isinstance(student, StudentPipeline):
-        raise UserError("the student is a few-step one (a U-Net); only students made of submodules are exported")
+        raise UserError(
+            f"{student.name_or_path} holds a few-step student (a U-Net); only students made of submodules are exported"
+        )
     with tempfile.TemporaryDirectory() as folder:
         chosen = [case for case in chosen if case.kind != "trained" or student is not None]
         for name in sorted({case.name for case in chosen if case.kind != "teacher"}):

@@ -103,7 +103,9 @@ class Metric:
 
     def _check_count(self, count: int, few: bool) -> None:
         if count < self.features and not few:
-            raise UserError(f"{count} images are too few for {self.features} features; take more, or allow few")
+            raise UserError(
+                f"{count} images are too few for {self.features} features; take more (--count), or allow few (--few)"
+            )
 
     def _calculate(self, samples: Tensor, reference: Tensor, **metrics) -> dict[str, float]:
         if self.rgb and self.weights is None:

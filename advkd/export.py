@@ -49,6 +49,8 @@ def export_onnx(student: Student, file: Path, *, heads: bool = False, tolerance:
     all outputs of four latents, and `file_mb` (10^6 bytes). Raises UserError, and writes nothing, where the difference exceeds `tolerance`, where
     `heads` are asked of a student that has the last one alone, and without the packages of the extra "onnx".
     """
+    if not (math.isfinite(tolerance) and tolerance > 0):
+        raise UserError(f"tolerance is {tolerance}, but must be a positive, finite number")
     onnx = _packages()
     device, training = student.device, student.training
     model = _Heads(student) if heads else student.generator()

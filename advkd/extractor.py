@@ -1,5 +1,6 @@
 """A data set's own feature space: a small classifier whose 64 penultimate features stand in for Inception's 2048."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 
 from advkd.data import batch_generator, from_uint8
-from advkd.files import check_weights, fingerprint, first_line, writing
+from advkd.files import check_weights, fingerprint, first_line, move_whole, writing
 from advkd.presets import ASSETS, UserError
 
 FEATURES = 64
@@ -69,7 +70,8 @@ def train_extractor(
     seed: int = 0,
 ) -> Iterator[ExtractorRecord]:
     """Train the classifier on the train split `images` `(n, c, h, w)` in [-1, 1], with noise and, where the images are
-    grey on black, small random shifts. The loss is the sum over the factors of the class label."""
+    grey on black, small random shifts. The loss is the sum over the factors of the class label. Raises UserError if it is
+    not finite."""
     optimizer = torch.optim.AdamW(extractor.parameters(), learning_rate, weight_decay=0.01)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     extractor.train()
@@ -84,11 +86,15 @@ def train_extractor(
         noisy = shown + 0.1 * torch.randn(shown.shape, generator=generator)
         targets = torch.unravel_index(labels[batch], extractor.sizes)
         loss = sum(map(partial(F.cross_entropy, label_smoothing=0.1), extractor(noisy), targets))
+        if not math.isfinite(value := loss.item()):
+            raise UserError(
+                f"the loss is {value} at step {step}; train with a smaller learning_rate than {learning_rate}"
+            )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         decay.step()
-        yield ExtractorRecord(step, step * batch_size, loss.item())
+        yield ExtractorRecord(step, step * batch_size, value)
     extractor.eval()
 
 
@@ -105,8 +111,7 @@ def save_extractor(extractor: Extractor, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder, prefix=".half.") as half:
             extractor.save_pretrained(half)
-            for file in sorted(Path(half).iterdir(), key=lambda file: file.name == "config.json"):
-                file.replace(folder / file.name)
+            move_whole(Path(half), folder, "config.json")
 
 
 def load_extractor(folder: Path | str = ASSETS / "digits-extractor") -> Extractor:

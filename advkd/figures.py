@@ -1,10 +1,10 @@
 """Figures and tables: grids, curves, and the only writers of the figures folder."""
 
 import io
-import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.utils import make_grid, save_image
 
-from advkd.files import locked, project_root, write_atomic, write_json, write_text
-from advkd.presets import config_hash
+from advkd.files import locked, make_folder, project_root, read_object, write_atomic, write_json, write_text
+from advkd.presets import UserError, config_hash
 
 DPI = 110
 COMPARABLE = ("extractor", "unseen", "teacher_fingerprint", "images", "sampling_seed", "fd_train_subset")
@@ -44,10 +44,8 @@ def show_images(ax: Axes, images: Tensor, columns: int, title: str = "") -> None
 
 def png(images: Tensor, columns: int, side_px: int) -> bytes:
     """Images `(n, c, h, w)` in [-1, 1] as a PNG grid of `side_px` or more a side, each pixel a square of several."""
-    grid, file = (
-        make_grid(images.detach().float().cpu().clamp(-1, 1) / 2 + 0.5, columns, padding=1, pad_value=1),
-        io.BytesIO(),
-    )
+    file = io.BytesIO()
+    grid = make_grid(images.detach().float().cpu().clamp(-1, 1) / 2 + 0.5, columns, padding=1, pad_value=1)
     times = max(1, 2 * side_px // grid.shape[-1])  # sharp on screens of twice the density too
     save_image(F.interpolate(grid[None], scale_factor=times, mode="nearest"), file, format="png")
     return file.getvalue()
@@ -95,18 +93,19 @@ def plot_curves(records: Iterable, fields: dict[str, str], window: int = 25, fig
     return figure
 
 
-def live_curves(records: Iterator, fields: dict[str, str], every: int = 500) -> list:
+def live_curves(records: Generator, fields: dict[str, str], every: int = 500) -> list:
     """Consume `records`, redrawing their curves in the notebook every `every` records; returns them all."""
     from IPython.display import display
 
     seen, figure, handle = [], plt.figure(figsize=(2.9 * len(fields), 2.5)), None
     plt.close(figure)  # shown by its handle alone
-    for record in records:
-        seen.append(record)
-        if len(seen) % every == 0:
-            plot_curves(seen, fields, figure=figure)
-            handle = handle or display(figure, display_id=True)
-            handle.update(figure)
+    with closing(records):  # an interrupt while it draws ends the training too, which holds its folder
+        for record in records:
+            seen.append(record)
+            if len(seen) % every == 0:
+                plot_curves(seen, fields, figure=figure)
+                handle = handle or display(figure, display_id=True)
+                handle.update(figure)
     return seen
 
 
@@ -146,10 +145,25 @@ def keep_row(
     """
     path, row = figures_folder(folder) / f"{name}.json", row | {"study": study_hash(protocol)}
     with locked(path):
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+        rows = _read_rows(path)
         rows = {place(r): r for r in [*rows, row] if r.get("study") == row["study"]}
         ordered = [rows[at] for at in sorted(at for at in rows if at is not None)]
         return save_table(ordered, protocol, folder, name, shown)[0]
+
+
+def _read_rows(path: Path) -> list[dict]:
+    if not path.exists():
+        return []
+    rows = read_object(path, mend := "restore or remove it").get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path} is damaged (no rows); {mend}")
+    return rows
+
+
+def check_table(folder: Path | str, name: str) -> None:
+    """Raise UserError where `keep_row` could not keep a row, before hours are spent on one."""
+    make_folder(figures_folder(folder))
+    _read_rows(figures_folder(folder) / f"{name}.json")
 
 
 def study_hash(protocol: dict) -> str:

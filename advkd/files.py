@@ -1,6 +1,7 @@
 """Files that are either whole or not there: atomic writes, checksums, checkpoints without pickle."""
 
 import csv
+import getpass
 import hashlib
 import json
 import os
@@ -48,6 +49,12 @@ def check_disk(folder: Path, wanted: int, what: str) -> None:
         )
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder that results will go to, before hours are spent on them. Raises UserError where that is not possible."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 def first_line(error: Exception) -> str:
     """What an error says, in one line."""
     return str(error).strip().split("\n")[0] or type(error).__name__
@@ -84,26 +91,36 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
-def remove_halves(folder: Path, name: str = "") -> None:
-    """Remove what `write_atomic` left in a folder when it was killed: of the file `name`, or of any."""
-    for half in Path(folder).glob(f".{name}.*" if name else ".*.*.*"):
-        half.unlink(missing_ok=True)
+def remove_halves(folder: Path, *names: str) -> None:
+    """Remove what `write_atomic` left of the files `names` in a folder when it was killed."""
+    for name in names:
+        half = rf"\.{re.escape(name)}\.[a-z0-9_]{{8}}{re.escape(Path(name).suffix)}"  # as mkstemp names them
+        for left in Path(folder).glob(f".{name}.*"):
+            if re.fullmatch(half, left.name):
+                left.unlink(missing_ok=True)
+
+
+def move_whole(half: Path, folder: Path, last: str) -> None:
+    """Move what lies in `half` to `folder`, in place of what is there; `last` comes last and says that it is whole."""
+    for item in sorted(half.iterdir(), key=lambda item: item.name == last):
+        if (there := folder / item.name).is_dir():
+            shutil.rmtree(there)
+        item.replace(there)
 
 
 def locked(path: Path) -> FileLock:
-    """A lock for whoever reads a file, changes it and writes it again; it lies in the system's temporary folder, ends
-    with its process, and a process that has it already gets it again."""
+    """A lock for whoever reads a file, changes it and writes it again: among the processes of one user on one machine.
+
+    It lies in the system's temporary folder, ends with its process, and a process that has it already gets it again.
+    """
     name = hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:16]
-    return FileLock(Path(tempfile.gettempdir()) / f"advkd-{name}.lock", is_singleton=True)
+    return FileLock(Path(tempfile.gettempdir()) / f"advkd-{getpass.getuser()}-{name}.lock", is_singleton=True)
 
 
 @contextmanager
-def alone(folder: Path, rank: int = 0) -> Iterator[None]:
-    """Within the block this process alone makes what is in `folder`: another one that wants to waits, and says so.
-
-    Of the processes of one launch each has its own place there, by its rank.
-    """
-    lock = locked(folder / f"of-process-{rank}" if rank else folder)
+def alone(folder: Path) -> Iterator[None]:
+    """Within the block this process alone makes what is in `folder`: another one that wants to waits, and says so."""
+    lock = locked(folder)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -247,7 +264,7 @@ def _reading(path: Path) -> Iterator[safe_open]:
             yield file
     except Exception as error:  # safetensors and JSON raise many kinds for what is no checkpoint
         raise UserError(
-            f"{path} is not a readable checkpoint ({first_line(error)}); remove it to start afresh"
+            f"{path} is not a readable checkpoint of this version ({first_line(error)}); remove it to start afresh"
         ) from error
 
 
@@ -262,6 +279,14 @@ def load_checkpoint(path: Path, modules: dict[str, nn.Module], optimizers: dict[
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, a handle is no dict
         if fingerprint(tensors, json.dumps([state, groups])) != about["checksum"]:
             raise ValueError("its checksum differs: it is damaged")
+        for name, module in modules.items():
+            there = {
+                full.removeprefix(f"{name}/"): list(x.shape)
+                for full, x in tensors.items()
+                if full.startswith(f"{name}/")
+            }
+            if different := differences(there, {key: list(x.shape) for key, x in module.state_dict().items()}):
+                raise ValueError(f"it holds another {name}: {different[0]}")
     for name, module in modules.items():
         prefix = f"{name}/"
         module.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})

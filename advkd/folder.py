@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from advkd.files import alone, check_disk, first_line, quiet, read_object, sha256, write_json, writing
+from advkd.devices import processes
+from advkd.files import check_disk, first_line, quiet, read_object, sha256, write_json, writing
 from advkd.presets import UserError, config_hash
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -64,7 +66,7 @@ def open_cache(source: str, size_px: int, channels: int) -> np.memmap:
     index, file = folder / "index.json", folder / "images.u8"
     if not index.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with alone(folder):  # of several processes one decodes, the others wait for it
+        with FileLock(folder / "lock"):  # of several processes, on any machine, one decodes and the others wait for it
             if not index.exists():
                 missing = (len(names) - _progress(folder)["done"]) * channels * size_px**2
                 check_disk(folder, missing, "the decoded images")
@@ -75,7 +77,10 @@ def open_cache(source: str, size_px: int, channels: int) -> np.memmap:
             f"{len(unreadable)} of {len(names)} images cannot be read; they are listed in {index}", stacklevel=3
         )
     shape = found["images"], channels, size_px, size_px
-    if not file.exists() or file.stat().st_size != math.prod(shape) or _digest(file) != found.get("sha256"):
+    right = file.exists() and file.stat().st_size == math.prod(shape)
+    if right and "sha256" in found and processes()[0] == 0:  # an earlier version wrote none
+        right = _digest(file) == found["sha256"]
+    if not right:
         raise UserError(f"{file} is damaged or missing; {again}")
     return np.memmap(file, np.uint8, "r", shape=shape)
 
@@ -107,9 +112,14 @@ def _files(source: str) -> tuple[list[str], object, Callable[[str], Image.Image]
 def _hub_images(source: str) -> tuple[list[str], object, Callable[[str], Image.Image]]:
     try:
         from datasets import Image as ImageFeature
-        from datasets import load_dataset
+        from datasets import __version__, load_dataset
     except ImportError as error:
         raise UserError(f"images {source!r} need the package datasets: pip install 'advkd[datasets]'") from error
+    if int(__version__.split(".")[0]) < 4:
+        raise UserError(
+            f"images {source!r} need datasets 4 or newer, which runs no scripts of others; here is {__version__}: "
+            "pip install 'advkd[datasets]'"
+        )
     try:
         data = load_dataset(source.removeprefix(HUB), split="train")
     except (OSError, ValueError) as error:

@@ -39,10 +39,7 @@ def verify_weights(folder: Path) -> None:
     for name, digest in (weights if isinstance(weights, dict) else {}).items():
         file = folder / "student" / Path(name).name
         if not file.exists() or sha256(file) != digest:
-            raise UserError(
-                f"{folder} holds no readable student ({file.relative_to(folder)} is damaged or missing); remove {folder} "
-                "and train or fetch it again"
-            )
+            raise UserError(f"{file} is damaged or missing; remove {folder} and train or fetch it again")
 
 
 class SharedPipeline(DiffusionPipeline):
@@ -70,6 +67,7 @@ class SharedPipeline(DiffusionPipeline):
                 raise UserError(f"{name} is {value!r}, which could execute code of others; leave it out")
         if os.path.isdir(pretrained_model_name_or_path):
             check_weights(Path(pretrained_model_name_or_path) / "student")
+            verify_weights(Path(pretrained_model_name_or_path))
         return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
 
     @classmethod
@@ -120,7 +118,8 @@ class SharedPipeline(DiffusionPipeline):
         # The card comes first, since model_index.json, which diffusers writes last, says that a folder is whole.
         def save(there: Path) -> None:
             with writing(there):
-                remove_halves(there)
+                remove_halves(there, INDEX, CARD, "samples.png")
+                remove_halves(there / "student", "config.json")
                 self._write_card(there, repository or ".", variant)
                 super(SharedPipeline, self).save_pretrained(
                     there, safe_serialization, variant, max_shard_size, **kwargs
@@ -146,7 +145,8 @@ class SharedPipeline(DiffusionPipeline):
         It does not say where the student was loaded from, nor does the student's own file: that is nobody else's concern.
         """
         folder = Path(save_directory)
-        about = folder / "student" / "config.json"
+        if not (about := folder / "student" / "config.json").exists():
+            return super().save_config(save_directory, push_to_hub, **kwargs)
         config = json.loads(about.read_text(encoding="utf-8"))
         if config.pop("_name_or_path", None) is not None:
             write_json(about, config)

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -156,22 +157,17 @@ def config_hash(config: dict) -> str:
 def check(p: Preset) -> None:
     """Raise UserError that names the field, its value and what is possible when a preset makes no sense."""
     for field in dataclasses.fields(p):
-        value = getattr(p, field.name)
-        if field.type in (int, float) and (not isinstance(value, int | field.type) or not math.isfinite(value)):
-            kind = "a whole number" if field.type is int else "a finite number"
-            raise UserError(f"{field.name} is {value!r}, but must be {kind}")
-        kind, name = (str, "names") if "str" in str(field.type) else (int | float, "numbers")
-        fits = isinstance(value, tuple | list) and all(isinstance(x, kind) for x in value)
-        if "tuple" in str(field.type) and not fits:
-            raise UserError(f"{field.name} is {value!r}, but must be a tuple of {name}")
+        _check_type(field, getattr(p, field.name))
     size, k = p.image_size_px, p.submodules
     if size < 8 or size & (size - 1):
         raise UserError(f"image_size_px is {size}, but must be a power of two, 8 or more")
-    if k < 1:
-        raise UserError(f"submodules is {k}, but must be 1 or more")
+    if not 1 <= k <= TRAIN_TIMESTEPS:
+        raise UserError(f"submodules is {k}, but must be 1 or more" + (f", {TRAIN_TIMESTEPS} at most" if k > 1 else ""))
     sizes = sorted(set(p.resolutions))
     if len(p.widths) != len(sizes):
         raise UserError(f"widths has {len(p.widths)} entries {p.widths}, but the submodules' images have {sizes} px")
+    if min(p.widths) < 1:
+        raise UserError(f"widths is {p.widths}, but must be positive")
     if not 0 < p.sampler_steps <= TRAIN_TIMESTEPS or (
         TRAIN_TIMESTEPS % p.sampler_steps and k > 1
     ):  # one reads no times
@@ -236,6 +232,11 @@ def check(p: Preset) -> None:
     ):
         if getattr(p, field) < 0:
             raise UserError(f"{field} is {getattr(p, field)}, but must not be negative")
+    for field in ("trajectory_seed", "seed"):
+        if getattr(p, field) >= 2**63:
+            raise UserError(
+                f"{field} is {getattr(p, field)}, but must be below 2 ** 63, as random generators take them"
+            )
     for field in (
         "critic_width",
         "trajectories",
@@ -248,6 +249,30 @@ def check(p: Preset) -> None:
     ):
         if getattr(p, field) <= 0:
             raise UserError(f"{field} is {getattr(p, field)}, but must be positive")
+
+
+def _check_type(field: dataclasses.Field, value: object) -> None:
+    """Values may come from JSON, which has other types than Python: true is no number, and NaN is one."""
+    kinds = getattr(field.type, "__args__", (field.type,))
+    number, whole = not isinstance(value, bool) and isinstance(value, int | float), isinstance(value, int)
+    if typing.get_origin(field.type) is tuple:
+        name = {int: "whole numbers", float: "finite numbers", str: "names"}[kinds[0]]
+        entry = {int: int, float: int | float, str: str}[kinds[0]]
+        fits = isinstance(value, tuple | list) and all(
+            isinstance(x, entry) and not isinstance(x, bool) and (kinds[0] is str or math.isfinite(x)) for x in value
+        )
+        wanted = f"a tuple of {name}"
+    elif field.type in (int, float):
+        fits = number and (whole or field.type is float) and math.isfinite(value)
+        wanted = "a whole number" if field.type is int else "a finite number"
+    elif field.type is bool:
+        fits, wanted = isinstance(value, bool), "true or false"
+    elif typing.get_origin(field.type) is typing.Literal:
+        return  # all that is possible is listed, later
+    else:
+        fits, wanted = isinstance(value, str) or (value is None and type(None) in kinds), "text"
+    if not fits:
+        raise UserError(f"{field.name} is {value!r}, but must be {wanted}")
 
 
 def _check_method(p: Preset) -> None:
@@ -475,12 +500,15 @@ def load_preset(name: str, recipe: str = "improved", **overrides) -> Preset:
     return _build(name, recipe, _DATA[name], overrides)
 
 
-def own_preset(teacher: str, image_size_px: int, channels: int, recipe: str = "improved", **overrides) -> Preset:
+def own_preset(teacher: str, image_size_px: int, channels: int, recipe: str = "improved", /, **overrides) -> Preset:
     """An experiment with a teacher of one's own, "own": submodules, widths and weights follow from the images' shape."""
     if image_size_px < 8 or image_size_px & (image_size_px - 1):
         raise UserError(f"teacher {teacher!r} makes images of {image_size_px} px; it must be a power of two, 8 or more")
     if channels not in (1, 3):
         raise UserError(f"teacher {teacher!r} makes images of {channels} channels; it must be 1 or 3")
+    for field, makes in (("image_size_px", image_size_px), ("channels", channels)):
+        if overrides.get(field, makes) != makes:
+            raise UserError(f"{field} is {overrides[field]!r}, but teacher {teacher!r} makes {makes}; leave it out")
     data = _hub(teacher, image_size_px) | {"channels": channels}
     return _build("own", recipe, data, overrides)
 
@@ -505,7 +533,9 @@ def _with(preset: Preset, overrides: dict) -> Preset:
     known = [field.name for field in dataclasses.fields(Preset)]
     if unknown := [name for name in overrides if name not in known]:
         raise UserError(f"a preset has no field {unknown[0]!r}; fields: {', '.join(known)}")
-    if overrides.get("teacher", preset.teacher) != preset.teacher:  # one commit names one repository's files
+    if (
+        isinstance(overrides.get("teacher"), str) and overrides["teacher"] != preset.teacher
+    ):  # one commit names one repository's files
         overrides = {"teacher_revision": PINNED.get(overrides["teacher"])} | overrides
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in overrides.items()}
     return dataclasses.replace(preset, **values)

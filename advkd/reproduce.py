@@ -29,7 +29,7 @@ def reproduce(preset: str, parameters: dict[str, str], force: bool = False) -> i
     package, the notebooks before it, the studies that it reads and the files that it wrote are what they were. A notebook whose
     studies the preset does not have is left out. At the end, and with the notebooks' own parameters, the tables are compared
     with the committed ones (`certificate.certify`). Another reproduction of the preset is waited for. Raises UserError
-    for a parameter that no notebook has.
+    for a parameter that no notebook has, or of another type than it declares.
     """
     if "preset" in parameters:
         raise UserError(f"the preset is named by --preset {parameters['preset']}, not by a parameter")
@@ -39,6 +39,9 @@ def reproduce(preset: str, parameters: dict[str, str], force: bool = False) -> i
     known = sorted(set().union(*declared.values()))
     if unknown := [name for name in parameters if name not in known]:
         raise UserError(f"no notebook has a parameter {unknown[0]!r}; parameters: {', '.join(known)}")
+    for of_one in declared.values():
+        for name in parameters.keys() & of_one.keys():
+            _typed(name, parameters[name], of_one[name])
     with files.alone(root / "runs" / preset / "reproduce"):
         return _reproduce(root, preset, parameters, declared, force)
 
@@ -48,7 +51,9 @@ def _reproduce(root: Path, preset: str, parameters: dict[str, str], declared: di
     state = _read_state(state_file, preset) if state_file.exists() else {}
     rows, upstream = [], _package_hash()
     for name in NOTEBOOKS:
-        given = {"preset": preset} | {k: _typed(v) for k, v in parameters.items() if k in declared[name]}
+        given = {"preset": preset} | {
+            k: _typed(k, v, declared[name][k]) for k, v in parameters.items() if k in declared[name]
+        }
         source = root / "notebooks" / f"{name}.ipynb"
         studies = [root / "figures" / f"{t.format(preset=preset)}.json" for t in STUDIES.get(name, ())]
         if missing := [path for path in studies if not path.exists()]:
@@ -130,12 +135,19 @@ def _summary(preset: str, rows: list[tuple[str, float, str, list[str]]]) -> None
         click.echo(f"everything in figures/{preset}/ is up to date")
 
 
-def _typed(value: str) -> object:
-    """A parameter from the command line as JSON would read it, else as text."""
-    try:
-        return json.loads(value)
-    except ValueError:
+def _typed(name: str, value: str, declared: dict) -> object:
+    """A parameter from the command line as the notebook declares it. Raises UserError for a value of another type."""
+    kinds = {"int": (int, "a whole number"), "float": (int | float, "a number"), "bool": (bool, "true or false")}
+    if declared["inferred_type_name"] not in kinds:  # text stays text, even where JSON could read it
         return value
+    kind, wanted = kinds[declared["inferred_type_name"]]
+    try:
+        found = json.loads(value)
+    except ValueError:
+        found = None
+    if not isinstance(found, kind) or (isinstance(found, bool) and kind is not bool):
+        raise UserError(f"parameter {name} is {value!r}, but must be {wanted}")
+    return found
 
 
 def _cells(path: Path) -> str:

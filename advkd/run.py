@@ -5,7 +5,7 @@ import multiprocessing
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -83,7 +83,8 @@ def train_run(
     processes, seconds by the clock and of the CPU. A finished run is only read. Another process that trains in the folder is
     waited for. Raises UserError when the folder holds another run or a damaged one or, without `resume`, when it holds any.
     """
-    with alone(Path(folder)) if processes()[0] == 0 else nullcontext():  # the first process keeps the folder
+    # Processes of one launch have to find the folder alike, so none of them waits.
+    with alone(Path(folder)) if processes()[1] == 1 else nullcontext():
         yield from _train(preset, trajectories, Path(folder), images, resume, device, progress)
 
 
@@ -102,6 +103,8 @@ def _train(
         this["features"] = {"weights": dino.fingerprint}
     if identity := getattr(images, "identity", None):  # of a folder, whose files may change
         this["images"] = {"decoded": identity}
+    if preset.method == "advkd":
+        trajectories.check_fits(preset)
     _check_folder(folder, this, resume)
     total = Plan(preset, len(trajectories)).steps
     if (folder / PIPELINE / "model_index.json").exists():
@@ -110,7 +113,7 @@ def _train(
         return
     rank, count = processes()
     if rank == 0:
-        remove_halves(folder)
+        remove_halves(folder, CHECKPOINT, CURVES, RUN)
     earlier = []
     if (folder / CHECKPOINT).exists():
         earlier = read_curves(folder, read_checkpoint_state(folder / CHECKPOINT)["step"])
@@ -135,14 +138,15 @@ def _train(
     bar = tqdm(total=total, initial=len(earlier), desc=f"train {preset.recipe}", unit="step", disable=quiet(progress))
     start = {clock: now() - spent.get(clock, 0.0) for clock, now in CLOCKS.items()}
     logs = folder / "logs"
-    with writing(logs), bar, SummaryWriter(logs, purge_step=len(earlier)) as board:
+    with bar, _board(logs, len(earlier)) as board:
         for record in steps:
             records.append(record)
             if record.step % CHECKPOINT_EVERY == 0 or record.step == total:
                 write_csv(folder / CURVES, records)
                 write_json(folder / RUN, about | {clock: now() - start[clock] for clock, now in CLOCKS.items()})
             if record.step % 20 == 0:
-                _log(board, record)
+                with writing(logs):
+                    _log(board, record)
                 bar.set_postfix(
                     stage=record.stage, critic=f"{record.critic_loss:.2f}", student=f"{record.student_loss:.2f}"
                 )
@@ -192,7 +196,7 @@ def _check_folder(folder: Path, this: dict, resume: bool) -> None:
         return  # nothing was made yet, even where an earlier call got as far as run.json
     other = "choose another folder or remove it"
     if not resume:
-        raise UserError(f"{folder} holds a run already; resume it, {other}")
+        raise UserError(f"{folder} holds a run already; go on with --resume, {other}")
     if not (folder / RUN).exists():
         raise UserError(f"{folder} does not say what it holds (no {RUN}); {other}")
     made = read_run(folder)
@@ -209,6 +213,17 @@ def read_curves(folder: Path | str, steps: int | None = None) -> list[TrainRecor
     if [record.step for record in records] != list(range(1, (steps or len(records)) + 1)):
         raise UserError(f"{path} is damaged (not every step is there); remove {folder} to start afresh")
     return records
+
+
+@contextmanager
+def _board(folder: Path, earlier: int) -> Iterator[SummaryWriter]:
+    with writing(folder):
+        board = SummaryWriter(folder, purge_step=earlier)
+    try:
+        yield board
+    finally:
+        with writing(folder):
+            board.close()
 
 
 def _log(board: SummaryWriter, record: TrainRecord) -> None:
@@ -282,7 +297,6 @@ def load_run(folder: Path | str) -> StudentPipeline:
                 kinds = {c.__name__: c for c in (StudentPipeline, FewStepPipeline)}
                 if name not in list(kinds):
                     raise UserError(f"model_index.json names the pipeline {name!r}, but must name one of {list(kinds)}")
-                verify_weights(path)
                 pipeline = kinds[name].from_pretrained(path)
             except Exception as error:  # diffusers and safetensors raise many kinds for a foreign or a damaged folder
                 raise UserError(f"{path} holds no readable student ({first_line(error)})") from error
@@ -292,7 +306,11 @@ def load_run(folder: Path | str) -> StudentPipeline:
             return pipeline
     if (Path(folder) / CHECKPOINT).exists():
         raise UserError(f"{folder} holds a training that was interrupted; go on with it: the same command and --resume")
-    raise UserError(f"{folder} holds no student; train one with: python -m advkd train --out {folder}")
+    why = "" if Path(folder).is_dir() else " (there is no such folder)"
+    raise UserError(
+        f"{folder} holds no student{why}; give the folder of a finished training (python -m advkd train --out FOLDER) or of "
+        "a saved pipeline"
+    )
 
 
 def read_run(folder: Path | str) -> dict | None:

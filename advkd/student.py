@@ -74,6 +74,7 @@ def light_head(c: int, channels: int) -> nn.Sequential:
 
 
 BLOCKS = {"plain": plain_layers, "residual": residual_layers}
+LATENTS = ("shrink8bit", "block-mean", "full")
 HEADS = {"terminal": terminal, "light": light_head}
 
 
@@ -108,6 +109,9 @@ class Student(ModelMixin, ConfigMixin):
         training_heads: bool = True,
     ):
         super().__init__()
+        for name, value, known in (("block", block, BLOCKS), ("head", head, HEADS), ("latent", latent, LATENTS)):
+            if value not in known:
+                raise UserError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, known))}")
         self.stages = nn.ModuleList()
         side, c_in = LATENT_SIDE, channels
         sizes = [resolution(k, submodules, image_size_px) for k in range(submodules)]

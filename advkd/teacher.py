@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, SchedulerMixin, UNet2DModel
@@ -21,7 +22,9 @@ from advkd.files import (
     check_weights,
     differences,
     fingerprint,
+    first_line,
     load_checkpoint,
+    move_whole,
     read_checkpoint_state,
     save_checkpoint,
     writing,
@@ -29,6 +32,7 @@ from advkd.files import (
 from advkd.presets import ASSETS, PINNED, TRAIN_TIMESTEPS, Preset, UserError, load_preset, own_preset
 
 SCHEDULERS = {"DDPMScheduler": DDPMScheduler, "DDIMScheduler": DDIMScheduler}
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
 _FILES = ["*.json", "*.safetensors"]  # formats that cannot carry code
 
 
@@ -67,14 +71,21 @@ def load_teacher(preset: Preset, source: str | None = None) -> Teacher:
     check_weights(unet_at)
     try:
         unet = UNet2DModel.from_pretrained(unet_at, use_safetensors=True, torch_dtype=torch.float32)
-        name = json.loads((scheduler_at / "scheduler_config.json").read_text()).get("_class_name")
+        described = _read_config(scheduler_at / "scheduler_config.json")
+        name, predicted = described.get("_class_name"), described.get("prediction_type", "epsilon")
         if name not in SCHEDULERS:
             raise UserError(f"teacher {source!r} has a {name}; supported schedulers: {', '.join(SCHEDULERS)}")
+        if predicted not in PREDICTIONS:
+            raise UserError(
+                f"teacher {source!r} predicts {predicted!r}; supported prediction types: {', '.join(PREDICTIONS)}"
+            )
         scheduler = SCHEDULERS[name].from_pretrained(scheduler_at)
     except UserError:
         raise
     except (OSError, ValueError) as error:
-        raise UserError(f"teacher {source!r} has no UNet2DModel (safetensors) and scheduler: {error}") from error
+        raise UserError(
+            f"teacher {source!r} has no UNet2DModel (safetensors) and scheduler: {first_line(error)}"
+        ) from error
     shape = (unet.config.in_channels, unet.config.out_channels, unet.config.sample_size)
     if shape != (preset.channels, preset.channels, preset.image_size_px):
         raise UserError(
@@ -95,6 +106,16 @@ def load_teacher(preset: Preset, source: str | None = None) -> Teacher:
             stacklevel=2,
         )
     return Teacher(unet.eval().requires_grad_(False), scheduler, source, weights_and_schedule, revision)
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is damaged (no JSON object)")
+    return config
 
 
 def teacher_shape(source: str, revision: str | None = None) -> tuple[int, int]:
@@ -129,6 +150,10 @@ def _find(source: str, revision: str | None) -> Path:
         return ASSETS.parent / source
     if Path(source).is_dir():
         return Path(source)
+    if Path(source).exists():
+        raise UserError(
+            f"teacher {source!r} is a file; give the folder in diffusers format that holds unet/ and scheduler/"
+        )
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -305,5 +330,8 @@ def denoising_loss(unet: UNet2DModel, scheduler: DDPMScheduler, x0: Tensor, gene
 def save_teacher(unet: UNet2DModel, scheduler: DDPMScheduler, folder: Path) -> None:
     """Write a teacher in diffusers format, weights in half precision (load_teacher widens them)."""
     with writing(folder):
-        DDPMPipeline(unet.half(), scheduler).save_pretrained(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder, prefix=".half.") as half:
+            DDPMPipeline(unet.half(), scheduler).save_pretrained(half)
+            move_whole(Path(half), folder, "model_index.json")
     unet.float()

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from advkd import losses
 from advkd.data import batch_generator
 from advkd.devices import average_gradients, free_bytes, pick_device, to_device, with_global_batches
-from advkd.files import differences
 from advkd.presets import Preset, UserError
 from advkd.training import (
     MovingAverage,
@@ -50,9 +49,7 @@ def train_advkd(
     """
     if preset.real_share and images is None:
         raise UserError(f"real_share is {preset.real_share}, but no real images were given")
-    shape = {name: getattr(preset, name) for name in ("image_size_px", "channels", "submodules")}
-    if different := differences({name: trajectories.config[name] for name in shape}, shape):
-        raise UserError(f"the trajectories in {trajectories.folder} do not fit the preset ({'; '.join(different)})")
+    trajectories.check_fits(preset)
     device = pick_device(device)
     loop = _Loop(student.to(device), make_critic, trajectories, preset, images, device)
     yield from walk(loop, preset, trajectories, checkpoint, resume)

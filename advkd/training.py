@@ -74,7 +74,10 @@ class Plan:
         else:
             batches = [trajectories // preset.batch_size(k) for k in range(last + 1)]
             if 0 in batches:
-                raise UserError(f"trajectories is {trajectories}, fewer than a batch of {max(preset.batch_sizes)}")
+                raise UserError(
+                    f"trajectories is {trajectories}, fewer than a batch of {max(preset.batch_sizes)}: "
+                    "make more of them, or have smaller batch_sizes"
+                )
             self.stages = {k: max(1, round(preset.epochs * (k + 1) * n)) for k, n in enumerate(batches)}
         self.steps = sum(self.stages.values())
 
@@ -148,14 +151,14 @@ def walk(
         made.append(_Made(step + 1, stage, seen, list(values), all_mean(torch.stack(list(values.values())))))
         due = (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == loop.steps
         if due or len(made) == (1 if loop.device.type == "cpu" else READ_EVERY):
-            yield from _read(made)  # first, so that the caller's log is never behind the checkpoint
+            yield from _read(made, preset)  # first, so that the caller's log is never behind the checkpoint
             made.clear()
         if checkpoint and due and processes()[0] == 0:
             save_checkpoint(checkpoint, loop.modules, loop.optimizers, state | {"step": step + 1})
     loop.finish()
 
 
-def _read(made: list[_Made]) -> Iterator[TrainRecord]:
+def _read(made: list[_Made], preset: Preset) -> Iterator[TrainRecord]:
     """What was made, read from the device at once."""
     flat = iter(torch.cat([one.values for one in made]).tolist())
     for one in made:
@@ -163,7 +166,8 @@ def _read(made: list[_Made]) -> Iterator[TrainRecord]:
         if not all(map(math.isfinite, values.values())):
             raise UserError(
                 f"a loss or gradient is not finite at step {one.step} (stage {one.stage}); the last checkpoint is kept. "
-                "Train with a smaller learning_rate, or in float32 (train_dtype), in another folder"
+                f"Train with a smaller learning_rate than {preset.learning_rate:g}, or in float32 (train_dtype), in another "
+                "folder"
             )
         missing = dict.fromkeys(VALUES)
         yield TrainRecord(one.step, one.stage, one.images_seen, **(missing | values))

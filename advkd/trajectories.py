@@ -5,7 +5,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -164,12 +164,11 @@ def generate_trajectories(
     the same bytes, on the same hardware and with the same number of threads (a CPU without bfloat16 computes in float32: its
     shards' entries in the manifest say so). Where a shard does not fit a GPU's memory, it is
     sampled in smaller batches.
-    Another call that works in the folder is waited for.
-    Raises UserError naming the differing fields if `folder` holds a store of another configuration, and if the disk is
-    too small.
+    Another call that works in the folder is waited for. Raises UserError naming the differing fields if `folder` holds a
+    store of another configuration, and if the disk is too small.
     """
     rank, count = processes()
-    with alone(Path(folder), rank):
+    with alone(Path(folder)) if rank == 0 else nullcontext():  # of the processes of one launch, the first
         return _generate(teacher, preset, Path(folder), progress, device, rank, count)
 
 
@@ -194,14 +193,15 @@ def _generate(
     shards = {f"shard-{n:05d}": range(*ends_of) for n, ends_of in enumerate(zip(starts, ends, strict=True))}
     mine = {name: indices for number, (name, indices) in enumerate(shards.items()) if number % count == rank}
     for name in (*mine, *([MANIFEST] if rank == 0 else [])):
-        remove_halves(folder, name)
+        remove_halves(folder, *([name] if name == MANIFEST else [f"{name}.safetensors", f"{name}.json"]))
     missing = {name: indices for name, indices in shards.items() if not _is_made(folder, name, indices, manifest)}
     if missing:
+        where = pick_device(device)
         check_disk(folder, sum(map(len, missing.values())) * sample_bytes(preset), "the trajectories")
         if rank == 0:  # says nothing of shards that are to be made
             kept = {file: entry for file, entry in manifest["shards"].items() if Path(file).stem not in missing}
             _write_manifest(folder, manifest | {"shards": kept})
-        with _computing_in(teacher, preset.teacher_dtype, pick_device(device)):
+        with _computing_in(teacher, preset.teacher_dtype, where):
             _make_shards(teacher, preset, folder, mine, missing, progress and rank == 0)
     if missing or list(folder.glob("shard-*.json")):
         _seal(folder, shards, rank)
@@ -310,7 +310,7 @@ def _read_manifest(folder: Path) -> dict | None:
         if not all(isinstance(part, dict) for part in parts) or "trajectories" not in parts[0]:
             raise UserError(f"{path} is damaged (no config, no shards); remove {folder} and generate it again")
         _check_shards(path, manifest["shards"])
-        if manifest.get("checksum") != _checksum(manifest):
+        if "checksum" in manifest and manifest["checksum"] != _checksum(manifest):  # an earlier version wrote none
             raise UserError(f"{path} is damaged (its checksum differs); remove {folder} and generate it again")
         manifest["shards"] |= {f"{name}.safetensors": entry for name, entry in entries.items() if entry}
         _check_shards(path, manifest["shards"])
@@ -339,7 +339,7 @@ def _read_tensor(path: Path, name: str) -> Tensor:
 def _read_json(path: Path) -> dict | None:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); remove {path.parent} and generate it again") from error
@@ -390,6 +390,12 @@ class TrajectoryStore:
 
     def __len__(self) -> int:
         return self.config["trajectories"]
+
+    def check_fits(self, preset: Preset) -> None:
+        """Raise UserError that names the fields where the states are of another shape than the preset's submodules make."""
+        shape = {name: getattr(preset, name) for name in ("image_size_px", "channels", "submodules")}
+        if different := differences({name: self.config[name] for name in shape}, shape):
+            raise UserError(f"the trajectories in {self.folder} do not fit the preset ({'; '.join(different)})")
 
     def made_with(self) -> dict:
         """The fields of a preset that the store was made with."""

@@ -1,4 +1,4 @@
-"""Power cuts, full disks, damaged files, two processes at once, interrupts: the command that is given again ends with the
+"""Kills, full disks, damaged files, two processes at once, interrupts: the command that is given again ends with the
 bytes of one that nothing happened to, or says which file to remove.
 
 `pytest tests/test_faults.py --kills 200` kills two hundred times; the default is a few for each job.
@@ -28,7 +28,7 @@ from PIL import Image
 from advkd import ablations, folder, quality, reproduce, run, teacher, training
 from advkd.__main__ import cli
 from advkd.ablations import Job
-from advkd.files import save_checkpoint
+from advkd.files import alone, remove_halves, save_checkpoint
 from advkd.folder import load_folder
 from advkd.presets import UserError, load_preset
 
@@ -68,7 +68,7 @@ class Command:
     def end(self):
         """Wait for it; its exit status and what it said on stderr."""
         try:
-            told = self.heard.recv()
+            told = self.heard.recv() if self.heard.poll(300) else ""
         except EOFError:
             told = ""
         self.process.join()
@@ -250,7 +250,7 @@ def test_a_full_disk_is_named_and_room_mends_it(tmp_path, commands, job, limit):
     assert status == 2 and re.fullmatch(
         r"advkd: error: \S+ cannot be written \([^\n]+\); make room for it [^\n]+\n", told
     )
-    assert Command(tmp_path / "full", *arguments).end() == (0, told := "") and told == ""
+    assert Command(tmp_path / "full", *arguments).end() == (0, "")
     assert made(tmp_path / "full") == made(tmp_path / "undisturbed")
 
 
@@ -325,11 +325,25 @@ def test_a_damaged_cache_of_images_is_named_and_made_again(tmp_path, monkeypatch
 def test_of_two_processes_one_works_and_the_other_waits(tmp_path, commands, job):
     arguments = commands(job)
     assert Command(tmp_path / "alone", *arguments).end()[0] == 0
-    both = [Command(tmp_path / "both", *arguments) for _ in range(2)]
-    ended = [command.end() for command in both]
+    there = tmp_path / "both"
+    with alone(there / arguments[-1]):  # a process that works there, until a second one has come to wait for it
+        waiting = [Command(there, *arguments) for _ in range(2)]
+        time.sleep(1)
+        assert all(command.process.is_alive() for command in waiting) and not list(there.rglob("*.json"))
+    ended = [command.end() for command in waiting]
     assert [status for status, _ in ended] == [0, 0]
-    assert "another process works in" in ended[0][1] + ended[1][1]
-    assert made(tmp_path / "both") == made(tmp_path / "alone")
+    assert all("another process works in" in told for _, told in ended)
+    assert made(there) == made(tmp_path / "alone")
+
+
+def test_only_what_a_killed_write_left_is_removed(tmp_path):
+    left = [".curves.csv.a_0b9zxy.csv", ".curves.csv.12345678.csv"]
+    others = [".env.prod.bak", ".curves.csv.of-mine.csv", ".coverage.host.123", "curves.csv", ".run.json.abcdefgh.json"]
+    for name in left + others:
+        (tmp_path / name).touch()
+    (tmp_path / ".curves.csv.folder00.d").mkdir()
+    remove_halves(tmp_path, "curves.csv")
+    assert {path.name for path in tmp_path.iterdir()} == {*others, ".curves.csv.folder00.d"}
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypatch):
@@ -350,7 +364,7 @@ def test_an_interrupted_cell_that_is_run_again_ends_with_the_same_student(tmp_pa
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     manager, client = start_new_kernel(cwd=str(tmp_path))
     prepare = f"""
-import os, torch
+import os, signal, torch
 from advkd import run, training
 from advkd.presets import load_preset
 from advkd.run import finish, train_run
@@ -361,28 +375,25 @@ store = TrajectoryStore({str(store.folder)!r})
 p = load_preset("digits", teacher={str(teacher_folder)!r}, submodules=3, widths=(4, 6), batch_sizes=(4,), steps=60,
                 train_dtype="float32", **store.made_with())
 """
-    cell = "for record in train_run(p, store, {!r}, images=torch.zeros(8, 1, 16, 16)):\n    os.utime('.') or print(record.step)"
+    images = "torch.zeros(8, 1, 16, 16)"
+    cell = f"for record in train_run(p, store, {{!r}}, images={images}):\n    record.step == at and os.kill(os.getpid(), signal.SIGINT)"
 
-    def ask(code, interrupt_at=None):
-        """Run a cell; its error's name, if any. Interrupted when it prints that step."""
+    def ask(code):
+        """Run a cell; the names of its errors."""
         ended = []
 
         def hear(message):
-            content = message["content"]
             if message["msg_type"] == "error":
-                ended.append(content["ename"])
-            if message["msg_type"] == "stream" and str(interrupt_at) in content["text"].split() and not told:
-                told.append(manager.interrupt_kernel())
+                ended.append(message["content"]["ename"])
 
-        told = []
         client.execute_interactive(code, output_hook=hear, timeout=120)
         return ended
 
     try:
-        assert ask(prepare) == [] and ask(cell.format("whole")) == []
-        assert ask(cell.format("run"), interrupt_at=33) == ["KeyboardInterrupt"]
+        assert ask(prepare) == [] and ask("at = None") == [] and ask(cell.format("whole")) == []
+        assert ask("at = 33") == [] and ask(cell.format("run")) == ["KeyboardInterrupt"]
         assert not (tmp_path / "run" / "student").exists() and (tmp_path / "run" / "checkpoint.safetensors").exists()
-        assert ask(cell.format("run")) == []
+        assert ask("at = None") == [] and ask(cell.format("run")) == []
     finally:
         manager.shutdown_kernel(now=True)
     whole, again = made(tmp_path / "whole"), made(tmp_path / "run")

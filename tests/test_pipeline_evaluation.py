@@ -128,7 +128,10 @@ def test_the_deployable_generator_is_a_pipeline_too(tmp_path, pipeline):
 
 
 def test_a_folder_without_a_student_is_named(tmp_path):
-    with pytest.raises(UserError, match="holds no student; train one with: python -m advkd train"):
+    with pytest.raises(
+        UserError,
+        match=r"holds no student; give the folder of a finished training .python -m advkd train --out FOLDER",
+    ):
         load_run(tmp_path)
 
 
@@ -163,7 +166,9 @@ def test_evaluate_compares_with_both_splits(metric, digits):
 def test_too_few_images_are_refused_unless_wanted(metric, digits):
     train, heldout = digits
     for samples, reference in ((train[:63], heldout), (train, heldout[:63])):
-        with pytest.raises(UserError, match="63 images are too few for 64 features; take more, or allow few"):
+        with pytest.raises(
+            UserError, match="63 images are too few for 64 features; take more \\(--count\\), or allow few"
+        ):
             metric.compare(samples, reference)
     assert metric.compare(train[:63], heldout, few=True)["fd"] > 0
 

@@ -435,7 +435,7 @@ def test_the_finished_run_is_the_trained_student(tmp_path, improved, store, imag
 def test_a_used_folder_is_refused_without_resume_and_with_another_preset(tmp_path, paper, store):
     run.finish(run.train_run(paper, store, tmp_path, device="cpu"))
     before = contents(tmp_path)
-    with pytest.raises(UserError, match="holds a run already; resume it"):
+    with pytest.raises(UserError, match="holds a run already; go on with --resume"):
         next(run.train_run(paper, store, tmp_path, resume=False, device="cpu"))
     with pytest.raises(UserError, match=r"belongs to another preset \(learning_rate: made with 0.0001, wanted 0.5\)"):
         next(run.train_run(paper.replace(learning_rate=0.5), store, tmp_path, device="cpu"))
