@@ -321,7 +321,10 @@ def _check_shards(path: Path, shards: dict) -> None:
     """A manifest may come from anywhere: it names files in its folder, and nothing else is opened."""
     for name, entry in shards.items():
         if not re.fullmatch(r"shard-\d{5,}\.safetensors", name):
-            raise UserError(f"{path} names {name!r}, but a shard is a file shard-NNNNN.safetensors beside it")
+            raise UserError(
+                f"{path} names {name!r}, but a shard is a file shard-NNNNN.safetensors beside it; "
+                f"remove {path.parent} and generate it again"
+            )
         if not isinstance(entry, dict) or not isinstance(entry.get("count"), int) or "sha256" not in entry:
             raise UserError(f"{path} is damaged ({name} is {entry!r}); remove {path.parent} and generate it again")
 
