@@ -126,7 +126,6 @@ def _teach(preset: Preset, out: Path, steps: int, seed: int, resume: bool) -> No
     remove_halves(out, "checkpoint.safetensors", "curve.csv", "run.json")
     for half in out.glob(".half.*"):
         shutil.rmtree(half)
-    write_json(run, asked)
     records = train_teacher(
         unet, scheduler, train, heldout, steps=steps, seed=seed, checkpoint=checkpoint, resume=resume
     )
@@ -141,6 +140,7 @@ def _teach(preset: Preset, out: Path, steps: int, seed: int, resume: bool) -> No
             curve.append(replace(record, loss=sum(recent) / len(recent)))  # the mean since the last point
             recent.clear()
             bar.set_postfix(loss=f"{record.loss:.4f}", heldout=f"{record.heldout_loss:.4f}")
+            write_json(run, asked)
             write_csv(earlier, curve)
     save_teacher(unet, scheduler, out)
     checkpoint.unlink()

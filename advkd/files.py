@@ -264,7 +264,7 @@ def _reading(path: Path) -> Iterator[safe_open]:
             yield file
     except Exception as error:  # safetensors and JSON raise many kinds for what is no checkpoint
         raise UserError(
-            f"{path} is not a readable checkpoint of this version ({first_line(error)}); remove it to start afresh"
+            f"{path} is not a readable checkpoint ({first_line(error)}); remove it to start afresh"
         ) from error
 
 
