@@ -234,7 +234,7 @@ def test_a_store_that_was_killed_before_it_was_sealed_is_sealed(tmp_path, monkey
         with pytest.raises(ZeroDivisionError):
             generate_trajectories(teacher, improved, tmp_path)
     assert len(TrajectoryStore(tmp_path)) == 12 and list(tmp_path.glob("shard-*.json"))
-    (tmp_path / ".shard-00001.safetensors.a_half_09.safetensors").write_bytes(b"half a file")
+    (tmp_path / ".shard-00001.safetensors.a_half_9.safetensors").write_bytes(b"half a file")
     generate_trajectories(teacher, improved, tmp_path)
     assert checksums(tmp_path) == checksums(store.folder)
 

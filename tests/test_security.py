@@ -105,7 +105,7 @@ def test_a_pickle_in_a_students_pipeline_is_refused(plant, student_folder, tmp_p
     for folder in (student_folder, student_folder.parent):
         with pytest.raises(UserError, match=re.escape(f"{student_folder} holds no readable student")):
             run.load_run(folder)
-    with pytest.raises(UserError, match=f"{WEIGHTS} is damaged or missing"):
+    with pytest.raises(UserError, match=f"{WEIGHTS}.safetensors is damaged or missing"):
         StudentPipeline.from_pretrained(student_folder)
     with pytest.raises(UserError, match="holds no readable student"):
         build_demo(student_folder, tmp_path / "page")
