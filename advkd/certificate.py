@@ -53,6 +53,7 @@ TOLERANCES = (
     Tolerance("^kid", "", 0.015, 0.0, "the error of KID at these numbers of images"),
     Tolerance("^(precision|recall|density|coverage|pull_to_train)$", "", 0.06, 0.0, "another training, other samples"),
     Tolerance("^(near_copies|shares)", "", 0.02, 0.0, "shares of a few thousand samples"),
+    Tolerance("^file_mb$", "int8", 0.0, 0.01, "as many bytes as a student's own scales take"),
     Tolerance("^(same_noise|shuffled|variance_explained)", "", 0.03, 0.0, "shares of a thousand samples"),
 )
 
