@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from advkd.data import from_uint8, to_uint8
 from advkd.devices import pick_device, precision
 from advkd.discriminator import make_discriminator
-from advkd.files import first_line, write_json
+from advkd.files import first_line, sha256, write_json
 from advkd.presets import Preset, load_preset
 from advkd.student import Student, gflop_per_image
 from advkd.teacher import Teacher, untrained_unet
@@ -329,8 +329,9 @@ def _photographs_store(p: Preset, folder: Path) -> TrajectoryStore:
         for k, px in enumerate(p.resolutions):
             small = F.adaptive_avg_pool2d(images[rows], px)
             tensors |= {f"{target}_{k}": to_uint8(small).contiguous() for target in p.stored}
-        save_file(tensors, folder / f"shard-{number:05d}.safetensors")
-        shards[f"shard-{number:05d}.safetensors"] = {"count": len(images[rows])}
+        path = folder / f"shard-{number:05d}.safetensors"
+        save_file(tensors, path)
+        shards[path.name] = {"count": len(images[rows]), "sha256": sha256(path)}
     config = trajectory_config(teacher, p)
     write_json(folder / MANIFEST, {"config": config, "shards": shards, "teacher": teacher.source})
     return TrajectoryStore(folder)

@@ -242,6 +242,8 @@ def test_the_command_writes_a_folder_to_publish(tmp_path, monkeypatch, demos):
 def test_the_command_serves_until_ctrl_c_and_leaves_nothing(tmp_path, demos):
     StudentPipeline(demos("grey").student).save_pretrained(tmp_path / "student")
     (tmp_path / "temporary").mkdir()
+    # A shell's background jobs ignore Ctrl-C, and what they start with them.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, "-m", "advkd", "demo", "student"],
         cwd=tmp_path,
@@ -249,6 +251,7 @@ def test_the_command_serves_until_ctrl_c_and_leaves_nothing(tmp_path, demos):
         stdout=subprocess.PIPE,
         text=True,
     )
+    signal.signal(signal.SIGINT, before)
     try:
         lines = iter(process.stdout.readline, "")
         address = next(found[0] for line in lines if (found := re.findall(r"http://127\.0\.0\.1:\d+/", line)))

@@ -18,6 +18,12 @@ from advkd.presets import UserError, load_preset
 from advkd.student import Student
 
 
+@pytest.fixture(autouse=True)
+def no_figures():
+    """Those that other tests have left open are not these tests' concern."""
+    plt.close("all")
+
+
 @pytest.fixture(scope="module")
 def pipeline(improved):
     return StudentPipeline(Student.from_preset(improved))
