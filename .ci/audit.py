@@ -16,7 +16,11 @@ UNREACHABLE = r"Connection|Connect|Timeout|timed out|Proxy|NameResolution|Max re
 def main() -> int:
     # The lock has versions and hashes of everything: nothing is resolved, downloaded or installed.
     options = ["--disable-pip", "--require-hashes", "--format", "json", "--progress-spinner", "off", "--timeout", "15"]
-    run = subprocess.run(["pip-audit", *options, "-r", str(LOCK)], capture_output=True, text=True)
+    try:
+        run = subprocess.run(["pip-audit", *options, "-r", str(LOCK)], capture_output=True, text=True)
+    except FileNotFoundError:
+        print("audit: there is no pip-audit; `make env` installs it")
+        return 1
     try:
         packages = json.loads(run.stdout)["dependencies"]
     except (ValueError, KeyError, TypeError):
@@ -26,8 +30,11 @@ def main() -> int:
             return 0
         print(run.stderr, file=sys.stderr)
         return run.returncode or 1
+    if not packages:
+        print(f"audit: pip-audit found no packages in {LOCK.name}, so nothing was checked")
+        return 1
     checked = [package for package in packages if "vulns" in package]
-    if packages and not checked:
+    if not checked:
         print("audit: the vulnerability database knows none of the packages from here, so nothing was checked")
         return 0
     found = [(package, known) for package in checked for known in package["vulns"]]

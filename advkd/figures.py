@@ -199,7 +199,8 @@ def dots(rows: list[dict], field: str, label: str, floor: tuple[float, float]) -
         ax.errorbar(row[field], position, xerr=row[f"{field}_sd"], fmt="o", color=colour, ms=7, capsize=3)
         text = f"{row[field]:.3g} ± {row[f'{field}_sd']:.2g}"
         ax.annotate(text, (row[field], position), (0, 7), textcoords="offset points", ha="center", fontsize=8)
-    ax.set(xscale="log", xlabel=label, yticks=range(len(rows)), yticklabels=[row["name"] for row in rows])
+    ax.set(xlabel=label, yticks=range(len(rows)), yticklabels=[row["name"] for row in rows])
+    _logarithmic(ax, "x")
     ax.set_ylim(len(rows) - 0.5, -0.6)
     ax.grid(axis="y", visible=False)
     figure.tight_layout()
@@ -309,19 +310,36 @@ def plot_against(rows: list[dict], x: str, y: str, labels: tuple[str, str], log:
         bars, colour = [row.get(f"{field}_sd") for field in (x, y)], COLOURS[row["recipe"] or "teacher"]
         style = {"fmt": row.get("marker", "o"), "color": colour, "ms": 6, "lw": 1, "capsize": 2}
         ax.errorbar(row[x], row[y], xerr=bars[0], yerr=bars[1], **style)
-        if row.get("name"):
-            ax.annotate(row["name"], (row[x], row[y]), (5, 4), textcoords="offset points", fontsize=7.5)
     ax.set(xlabel=labels[0], ylabel=labels[1])
     _logarithmic(ax, log)
+    _name_points(ax, {row["name"]: (row[x], row[y]) for row in rows if row.get("name")})
     return ax
 
 
+def _name_points(ax: Axes, points: dict[str, tuple[float, float]]) -> None:
+    """Write the names beside their points, each at the first place around its own where no earlier name is."""
+    ax.figure.canvas.draw()  # fixes the axes
+    taken = []
+    for name, at in sorted(points.items(), key=lambda point: point[1]):
+        for right, up in ((5, 4), (5, -10), (-5, 4), (-5, -10), *((5, up) for up in (14, -20, 24, -30, 34, -40))):
+            align = "left" if right > 0 else "right"
+            text = ax.annotate(name, at, (right, up), textcoords="offset points", ha=align, fontsize=7.5)
+            box = text.get_window_extent()
+            if not any(box.overlaps(other) for other in taken):
+                break
+            text.remove()
+        else:
+            ax.add_artist(text)
+        taken.append(box)
+
+
 def _logarithmic(ax: Axes, axes: str = "xy") -> None:
-    """Make the named axes logarithmic, with plain numbers at 1, 2 and 5."""
+    """Make the named axes logarithmic, with plain numbers at 1, 2 and 5; over more than three decades, at 1."""
     for name in axes:
         ax.set(**{f"{name}scale": "log"})
         axis = getattr(ax, f"{name}axis")
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        low, high = sorted(getattr(ax, f"get_{name}lim")())
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 2000 * low else (1,)))
         axis.set_major_formatter("{x:,.9g}")
         axis.set_minor_formatter(NullFormatter())
 

@@ -167,7 +167,7 @@ def bradley_terry(votes: Sequence[Vote]) -> list[dict]:
     strengths = model.coef_[0] - model.coef_[0].mean()
     odds = expit(x @ strengths)
     information = (x * (weights * odds * (1 - odds))[:, None]).T @ x
-    reach = 1.96 * np.sqrt(np.diag(np.linalg.pinv(information)))
+    reach = 1.96 * np.sqrt(np.diag(np.linalg.pinv(information, rcond=1e-9, hermitian=True)))
     found = zip(methods, strengths, strengths - reach, strengths + reach, strict=True)
     rows = [dict(zip(("method", "strength", "low", "high"), (name, *map(float, x)), strict=True)) for name, *x in found]
     return sorted(rows, key=lambda row: -row["strength"])

@@ -1,6 +1,7 @@
 """Run the notebooks in order through papermill; skip what is up to date; say what was made."""
 
 import hashlib
+import io
 import json
 import time
 from pathlib import Path
@@ -118,12 +119,23 @@ def _execute(root: Path, source: Path, target: Path, parameters: dict) -> str | 
             progress_bar=not files.quiet(True),
             cwd=str(root),
             log_output=False,
+            stderr_file=_Said(),
         )
     except PapermillExecutionError as error:
         return f"in cell [{error.exec_count}] of {target.relative_to(root)}: {error.ename}: {error.evalue}"
     except DeadKernelError as error:
         return f"in {target.relative_to(root)}: {error} (out of memory?)"
     return None
+
+
+class _Said(io.TextIOBase):
+    """Shows what the package says in a kernel, such as that it waits for another process; not the libraries' warnings."""
+
+    def write(self, text: str) -> int:
+        for line in text.splitlines():
+            if line.startswith("advkd: "):
+                click.echo(line, err=True)
+        return len(text)
 
 
 def _summary(preset: str, rows: list[tuple[str, float, str, list[str]]]) -> None:

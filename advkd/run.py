@@ -17,18 +17,17 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 from advkd.card import run_facts
+from advkd.checkpoints import CHECKPOINT_EVERY, read_checkpoint_state
 from advkd.data import load_images
 from advkd.denoiser import Denoiser
 from advkd.devices import pick_device, precision, processes
 from advkd.discriminator import make_discriminator
 from advkd.features import DinoFeatures, TeacherFeatures, make_heads
 from advkd.files import (
-    CHECKPOINT_EVERY,
     alone,
     differences,
     first_line,
     quiet,
-    read_checkpoint_state,
     read_records,
     remove_halves,
     write_csv,

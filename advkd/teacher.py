@@ -15,20 +15,10 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, SchedulerMixin
 from torch import Tensor
 from torch.nn import functional as F
 
+from advkd.checkpoints import CHECKPOINT_EVERY, load_checkpoint, read_checkpoint_state, save_checkpoint
 from advkd.data import batch_generator
 from advkd.devices import precision
-from advkd.files import (
-    CHECKPOINT_EVERY,
-    check_weights,
-    differences,
-    fingerprint,
-    first_line,
-    load_checkpoint,
-    move_whole,
-    read_checkpoint_state,
-    save_checkpoint,
-    writing,
-)
+from advkd.files import check_weights, differences, fingerprint, first_line, move_whole, writing
 from advkd.presets import ASSETS, PINNED, TRAIN_TIMESTEPS, Preset, UserError, load_preset, own_preset
 
 SCHEDULERS = {"DDPMScheduler": DDPMScheduler, "DDIMScheduler": DDIMScheduler}

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from advkd.checkpoints import CHECKPOINT_EVERY, load_checkpoint, read_checkpoint_state, save_checkpoint
 from advkd.data import batch_generator, make_latent
 from advkd.devices import all_mean, average_gradients, precision, processes, to_device, with_global_batches
-from advkd.files import CHECKPOINT_EVERY, differences, load_checkpoint, read_checkpoint_state, save_checkpoint
+from advkd.files import differences
 from advkd.folder import CachedImages
 from advkd.presets import TRAIN_TIMESTEPS, Preset, UserError, asdict
 from advkd.trajectories import TrajectoryStore, as_images

@@ -33,11 +33,11 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from advkd import losses
+from advkd.checkpoints import load_checkpoint
 from advkd.data import load_images, seeded_noise
 from advkd.discriminator import make_discriminator
 from advkd.explore import browse_submodules, interpolate
 from advkd.figures import live_curves, plot_curves, save_figure, save_table, show_images, start_notebook
-from advkd.files import load_checkpoint
 from advkd.run import CHECKPOINT, load_run, run_dir, train_run
 from advkd.teacher import find_preset, load_teacher
 from advkd.trajectories import generate_trajectories, trajectory_dir

@@ -33,7 +33,7 @@ TINY = dict(
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--kills", type=int, default=10, help="kill -9 that often, over all jobs of test_faults.py together"
+        "--kills", type=int, default=5, help="kill -9 that often, over all jobs of test_faults.py together"
     )
 
 

@@ -25,7 +25,8 @@ from PIL import Image
 from advkd import reproduce, run, training
 from advkd import teacher as teachers
 from advkd.__main__ import cli
-from advkd.files import read_checkpoint_state, save_checkpoint, sha256
+from advkd.checkpoints import read_checkpoint_state, save_checkpoint
+from advkd.files import sha256
 from advkd.pipeline import StudentPipeline
 from advkd.presets import load_preset
 from advkd.student import Student

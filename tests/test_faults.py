@@ -1,7 +1,7 @@
 """Kills, full disks, damaged files, two processes at once, interrupts: the command that is given again ends with the
 bytes of one that nothing happened to, or says which file to remove.
 
-`pytest tests/test_faults.py --kills 200` kills two hundred times; the default is a few for each job.
+`pytest tests/test_faults.py --kills 200` kills two hundred times; the default is one for each job.
 """
 
 import io
@@ -28,7 +28,8 @@ from PIL import Image
 from advkd import ablations, folder, quality, reproduce, run, teacher, training
 from advkd.__main__ import cli
 from advkd.ablations import Job
-from advkd.files import alone, remove_halves, save_checkpoint
+from advkd.checkpoints import save_checkpoint
+from advkd.files import alone, remove_halves
 from advkd.folder import load_folder
 from advkd.presets import UserError, load_preset
 

@@ -1,3 +1,4 @@
+import itertools
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -435,6 +436,11 @@ def test_points_of_a_plane_carry_names_and_deviations():
     )
     points = [bars[0].get_xydata().tolist() for bars in ax.containers]
     assert points == [[[2, 1]], [[4, 3]]]
+    crowd = [{"recipe": None, "name": f"DDIM-{n}", "fd": 3 + n / 1000, "ms": 4.0} for n in range(6)]
+    ax = figures.plot_against([*rows, *crowd], "ms", "fd", ("", ""))
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert len(boxes) == 7 and not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    assert {text.get_text(): text.xy for text in ax.texts}["DDIM-5"] == (4, 3.005)
     plt.close("all")
 
 

@@ -88,7 +88,7 @@ def test_seeds_that_report_chose_nothing():
 
 def test_quality_rows_train_what_is_missing_and_average_over_all_seeds(judge, improved):
     presets = [improved.replace(seed=seed) for seed in (4, 3)]
-    row = student_quality(judge, presets, workers=2, count=70)
+    row = student_quality(judge, presets, count=70)
     folders = {p.seed: folder for p, folder, error in train_side_by_side(presets) if error is None}
     each = [
         statistics.mean(
@@ -113,6 +113,7 @@ def test_the_table_has_a_row_for_each_recipe_and_sampler_and_for_real_images(jud
         quality, "load_preset", lambda name, recipe="improved", **given: presets[recipe].replace(**given)
     )
     monkeypatch.setattr(quality, "TRAINING_SEEDS", (3, 4))
+    monkeypatch.setattr(quality, "SAMPLING_SEEDS", (11, 12))
     rows = list(quality.quality("digits", judge, paper_epochs=0.5, samplers=[("ddim", 2)], count=70))
     rows.sort(key=quality_place)
     details = quality_protocol(judge, 70)

@@ -16,7 +16,8 @@ def project(tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "pyproject.toml").touch()
     first = "from pathlib import Path\nf = Path('figures/digits'); f.mkdir(parents=True, exist_ok=True)\n"
-    bodies = {"a": first + "_ = (f / 'a.txt').write_text(str(number))", "b": "assert number < 10, 'too large'"}
+    says = "import sys\nfor said in ('advkd: waiting', 'a warning'): print(said, file=sys.stderr)\n"
+    bodies = {"a": first + "_ = (f / 'a.txt').write_text(str(number))", "b": says + "assert number < 10, 'too large'"}
     for name, body in bodies.items():
         declare = nbformat.v4.new_code_cell("number: int = 1  # help\npreset: str = 'digits'  # help")
         declare.metadata["tags"] = ["parameters"]
@@ -32,7 +33,8 @@ def test_runs_in_order_then_skips_then_notices_a_changed_figure(project, capsys)
     assert reproduce.reproduce("digits", {"number": "7"}) == 0
     assert (project / "figures/digits/a.txt").read_text() == "7"
     assert (project / "runs/digits/b.ipynb").exists()
-    assert "a.txt" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "a.txt" in printed.out and "advkd: waiting\n" in printed.err and "a warning" not in printed.err
     assert reproduce.reproduce("digits", {"number": "7"}) == 0
     out = capsys.readouterr().out
     assert out.count("up to date") == 3 and "done" not in out

@@ -244,7 +244,7 @@ def test_a_training_that_was_killed_goes_on_to_equal_weights_ten_times_out_of_te
 ):
     for module in (run, training):
         monkeypatch.setattr(module, "CHECKPOINT_EVERY", 5)
-    preset, images = improved.replace(steps=60), load_images(improved, "train")[0][:32]
+    preset, images = improved.replace(steps=30), load_images(improved, "train")[0][:32]
     started = time.process_time()
     train(preset, store.folder, images, tmp_path / "undisturbed")
     took, rng, kills = time.process_time() - started, random.Random(0), 0

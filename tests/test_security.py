@@ -443,6 +443,7 @@ ANSWERS = {  # what pip-audit prints, its status; ours, and what is said
         0,
         r"^audit: .* cannot be reached.*ConnectionError: x\)$",
     ),
+    "nothing": ({"dependencies": []}, "", 0, 1, r"^audit: .* found no packages in .* nothing was checked$"),
     "broken": (None, "ERROR: requirement is not hashed", 1, 1, r"^$"),
 }
 
@@ -460,6 +461,9 @@ def test_the_audit_fails_with_findings_and_tells_a_missing_network_from_none(tmp
     audit = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": str(tmp_path)})
     assert audit.returncode == expected and re.search(said, audit.stdout.strip()), audit.stdout
     assert (complaint in audit.stderr) == (answer == "broken") or not complaint
+    stub.unlink()
+    audit = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": str(tmp_path)})
+    assert audit.returncode == 1 and audit.stdout == "audit: there is no pip-audit; `make env` installs it\n"
 
 
 def test_the_readme_names_the_security_policy():

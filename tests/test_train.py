@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from advkd import losses, run, train_advkd, training
+from advkd.checkpoints import read_checkpoint_state
 from advkd.data import load_images, make_latent, seeded_noise
 from advkd.devices import pick_device
 from advkd.discriminator import make_discriminator
-from advkd.files import read_checkpoint_state
 from advkd.presets import ASSETS, UserError, load_preset
 from advkd.student import Student
 from advkd.training import Plan
