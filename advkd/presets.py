@@ -84,6 +84,7 @@ class Preset:
     distillation: Literal["exponential", "sds"] = "exponential"  # its weighting of the timesteps
     warm_up_steps: int = 0  # of ADD: pair regression first
     features: str = ""  # a DINOv2 for ADD's critic, a folder or a hub id, in place of the teacher's features
+    critic_learning_rate: float = 0.0  # of ADD's heads before its fall; 0: the student's
     feature_noise: tuple[float, ...] = (0.0, 1.0)  # mean and sd of log(sigma / alpha) of what ADD's critic is shown
 
     def __post_init__(self):
@@ -225,6 +226,7 @@ def check(p: Preset) -> None:
         "reconstruction_weight",
         "feature_weight",
         "distillation_weight",
+        "critic_learning_rate",
         "warm_up_steps",
         "student_grid",
         "trajectory_seed",
@@ -277,6 +279,11 @@ def _check_type(field: dataclasses.Field, value: object) -> None:
 
 def _check_method(p: Preset) -> None:
     times, last = p.student_timesteps, TRAIN_TIMESTEPS - 1
+    if p.critic_learning_rate and p.method != "add":
+        raise UserError(
+            f"critic_learning_rate is {p.critic_learning_rate:g}, but method {p.method!r} has one learning_rate for all: "
+            "critic_learning_rate=0"
+        )
     if p.features and p.method != "add":
         raise UserError(f"features is {p.features!r}, but method {p.method!r} has no critic on features: features=''")
     if p.method == "advkd" and p.architecture == "unet":
@@ -432,7 +439,14 @@ _UNET = dict(
 )
 _METHODS = {
     "add": _UNET
-    | dict(method="add", student_timesteps=(249, 499, 749, 999), penalty_weight=1e-5, distillation_weight=2.5),
+    | dict(
+        method="add",
+        student_timesteps=(249, 499, 749, 999),
+        penalty_weight=1e-5,
+        distillation_weight=2.5,
+        critic_learning_rate=1e-3,
+        feature_noise=(-1.0, 1.5),
+    ),
     "regression": _UNET | dict(method="regression", real_share=0.0),
     "progressive": _UNET | dict(method="progressive", student_grid=16),
     "consistency": _UNET | dict(method="consistency", student_grid=20, student_timesteps=(249, 499, 749, 999)),

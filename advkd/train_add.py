@@ -76,8 +76,10 @@ class _Loop:
     def step(self, step: int) -> tuple[int, int, dict[str, Tensor]]:
         """One critic update, then one student update, on the same images of the student."""
         p, generator = self.preset, batch_generator(self.preset.seed, step, 1)
-        for optimizer in self.optimizers.values():
-            optimizer.param_groups[0]["lr"] = self.plan.learning_rate(step)
+        rate = self.plan.learning_rate(step)
+        critic_rate = rate * (p.critic_learning_rate or p.learning_rate) / p.learning_rate
+        for optimizer, lr in zip(self.optimizers.values(), (rate, critic_rate), strict=True):
+            optimizer.param_groups[0]["lr"] = lr
         size = p.batch_size(0) // self.mine.count
         if step < p.warm_up_steps:
             return 0, self.plan.images_seen(step), self._warm_up(step)

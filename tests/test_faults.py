@@ -355,7 +355,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path, monke
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("advkd.files.save_file", full)
+    monkeypatch.setattr("advkd.checkpoints.save_file", full)
     with pytest.raises(UserError, match=r"checkpoint\.safetensors cannot be written \(No space left on device\)"):
         save_checkpoint(path, {"module": module}, {}, {"step": 2})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

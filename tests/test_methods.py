@@ -401,9 +401,25 @@ def test_the_parts_of_add_can_be_left_out(tmp_path, method, store, images, parts
     assert (last.reconstruction_loss is None) == ("distillation_weight" in parts)
 
 
+def test_the_heads_have_a_rate_of_their_own_that_falls_with_the_students(tmp_path, method, store, images, monkeypatch):
+    rates, step = {0.0: [], 0.9: []}, torch.optim.AdamW.step
+
+    def noted(optimizer, *args, **kwargs):
+        rates[optimizer.defaults["betas"][0]].append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    p = method("add", learning_rate=1e-4, critic_learning_rate=4e-4, decay_share=0.5)
+    finish(train_run(p, store, tmp_path, images=images, device="cpu"))
+    assert rates[0.9] == pytest.approx([1e-4, 1e-4, 1e-4, 1e-4, 2e-4 / 3, 1e-4 / 3])
+    assert rates[0.0] == pytest.approx([4 * rate for rate in rates[0.9]])
+
+
 @pytest.mark.parametrize(
     ("recipe", "fields", "message"),
     [
+        ("improved", {"critic_learning_rate": 1e-3}, "critic_learning_rate is 0.001, but method 'advkd' has one"),
+        ("add", {"critic_learning_rate": -1e-3}, "critic_learning_rate is -0.001, but must not be negative"),
         ("improved", {"architecture": "unet"}, "architecture is 'unet', but Adv-KD trains submodules"),
         ("progressive", {"architecture": "submodules"}, "method 'progressive'"),
         ("add", {"architecture": "submodules"}, r"student_timesteps \(249, 499, 749, 999\)"),
