@@ -33,6 +33,13 @@ def pick_device(name: str = "auto") -> torch.device:
     return PartialState(cpu=name == "cpu").device
 
 
+def label(device: torch.device) -> str:
+    """What result rows call it: a GPU by its name too, and by torch's version, which may be another there."""
+    if device.type != "cuda":
+        return str(device)
+    return f"{device} ({torch.cuda.get_device_name(device)}, torch {torch.__version__.partition('+')[0]})"
+
+
 def precision(asked: str, device: torch.device) -> str:
     """The dtype to compute in there, `asked` or, in place of "bfloat16" on a CPU without instructions for it, "float32".
 

@@ -13,7 +13,9 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.transforms import Bbox
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.utils import make_grid, save_image
@@ -312,20 +314,32 @@ def plot_against(rows: list[dict], x: str, y: str, labels: tuple[str, str], log:
         ax.errorbar(row[x], row[y], xerr=bars[0], yerr=bars[1], **style)
     ax.set(xlabel=labels[0], ylabel=labels[1])
     _logarithmic(ax, log)
-    _name_points(ax, {row["name"]: (row[x], row[y]) for row in rows if row.get("name")})
+    _name_points(ax, [(row["name"], (row[x], row[y])) for row in rows if row.get("name")])
     return ax
 
 
-def _name_points(ax: Axes, points: dict[str, tuple[float, float]]) -> None:
-    """Write the names beside their points, each at the first place around its own where no earlier name is."""
+# Of a name, in points from its own point, the nearest first.
+NAME_PLACES = [(5, 4), (5, -10), (-5, 4), (-5, -10)] + [
+    (right, up) for far in range(15, 120, 10) for up in (far, -far, 0, far // 2, -far // 2) for right in (far, -far)
+]
+
+
+def _name_points(ax: Axes, points: list[tuple[str, tuple[float, float]]]) -> None:
+    """Write the names beside their points, each at the nearest place inside the axes where no other name or named point is;
+    a line leads to it where that is not next to its own."""
     ax.figure.canvas.draw()  # fixes the axes
-    taken = []
-    for name, at in sorted(points.items(), key=lambda point: point[1]):
-        for right, up in ((5, 4), (5, -10), (-5, 4), (-5, -10), *((5, up) for up in (14, -20, 24, -30, 34, -40))):
-            align = "left" if right > 0 else "right"
-            text = ax.annotate(name, at, (right, up), textcoords="offset points", ha=align, fontsize=7.5)
-            box = text.get_window_extent()
-            if not any(box.overlaps(other) for other in taken):
+    inside, taken = (
+        ax.get_window_extent(),
+        [Bbox.from_bounds(*ax.transData.transform(at) - 4, 8, 8) for _, at in points],
+    )
+    for name, at in sorted(points, key=lambda point: point[1]):
+        for right, up in NAME_PLACES:
+            line = {"arrowstyle": "-", "lw": 0.6, "color": "0.5"} if abs(right) + abs(up) > 15 else None
+            style = {"textcoords": "offset points", "ha": "left" if right > 0 else "right", "fontsize": 7.5}
+            text = ax.annotate(name, at, (right, up), arrowprops=line, **style)
+            text.update_positions(ax.figure.canvas.get_renderer())
+            box = Text.get_window_extent(text)  # without the line
+            if inside.contains(*box.min) and inside.contains(*box.max) and not any(map(box.overlaps, taken)):
                 break
             text.remove()
         else:
@@ -334,7 +348,7 @@ def _name_points(ax: Axes, points: dict[str, tuple[float, float]]) -> None:
 
 
 def _logarithmic(ax: Axes, axes: str = "xy") -> None:
-    """Make the named axes logarithmic, with plain numbers at 1, 2 and 5; over more than three decades, at 1."""
+    """Make the named axes logarithmic, with plain numbers at 1, 2 and 5; over a factor of 2000 or more, at 1 alone."""
     for name in axes:
         ax.set(**{f"{name}scale": "log"})
         axis = getattr(ax, f"{name}axis")
@@ -384,14 +398,19 @@ def plot_preferences(ranking: list[dict], rates: list[dict]) -> Figure:
     return figure
 
 
-def plot_shares(rows: list[dict], factor: str, real: Sequence[float]) -> Figure:
-    """How often each class of `factor` appears among real images (bars) and among those of each row (dots)."""
-    figure, ax = plt.subplots(figsize=(max(6.4, 0.27 * len(real)), 2.4))
+def plot_shares(rows: list[dict], factor: str, real: Sequence[float], names: Sequence[str] = ()) -> Figure:
+    """How often each class of `factor`, by `names` or by number, appears among real images (bars) and among those of each
+    row (dots)."""
+    turn = 35 if max(map(len, names), default=0) > 2 else 0  # of long names
+    figure, ax = plt.subplots(figsize=(max(6.4, 0.27 * len(real)), 3.4 if turn else 2.4))
     ax.bar(range(len(real)), real, color="0.88", label="held-out real images")
     for row, marker in zip(rows, "os^Dv", strict=False):
         colour = COLOURS[row["recipe"] or "teacher"]
         ax.plot(row[f"shares_{factor}"], ls="", marker=marker, ms=5, color=colour, alpha=0.8, label=row["name"])
-    ax.set(xlabel=factor, ylabel="share of the images", xticks=range(len(real)))
+    ax.set(xlabel=factor, ylabel="share of the images")
+    ax.set_xticks(
+        range(len(real)), names or range(len(real)), fontsize=7.5, rotation=turn, ha="right" if turn else "center"
+    )
     ax.grid(axis="x", visible=False)
     ax.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     figure.tight_layout()

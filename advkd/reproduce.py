@@ -18,7 +18,7 @@ from advkd.presets import ASSETS, UserError, load_preset
 
 NOTEBOOKS = ("01_teacher", "02_submodules", "03_train", "04_evaluate", "05_ablations", "07_deploy")
 STUDIES = {  # committed tables below figures/ that a notebook reads; without them it is left out
-    "05_ablations": ("{preset}/quality", "{preset}/ablations"),
+    "05_ablations": ("{preset}/quality", "{preset}/ablations", "glyphs/quality"),
     "07_deploy": ("deploy",),
 }
 
@@ -131,8 +131,11 @@ def _execute(root: Path, source: Path, target: Path, parameters: dict) -> str | 
 class _Said(io.TextIOBase):
     """Shows what the package says in a kernel, such as that it waits for another process; not the libraries' warnings."""
 
+    begun = ""  # a line whose end is still to come
+
     def write(self, text: str) -> int:
-        for line in text.splitlines():
+        *lines, self.begun = (self.begun + text).split("\n")
+        for line in lines:
             if line.startswith("advkd: "):
                 click.echo(line, err=True)
         return len(text)

@@ -20,7 +20,7 @@ from advkd.card import run_facts
 from advkd.checkpoints import CHECKPOINT_EVERY, read_checkpoint_state
 from advkd.data import load_images
 from advkd.denoiser import Denoiser
-from advkd.devices import pick_device, precision, processes
+from advkd.devices import label, pick_device, precision, processes
 from advkd.discriminator import make_discriminator
 from advkd.features import DinoFeatures, TeacherFeatures, make_heads
 from advkd.files import (
@@ -119,7 +119,7 @@ def _train(
         yield from earlier
     spent = (read_run(folder) or {}) if earlier else {}
     where = pick_device(device)
-    about = this | {"device": str(where), "dtype": precision(preset.train_dtype, where)}
+    about = this | {"device": label(where), "dtype": precision(preset.train_dtype, where)}
     about |= {"threads": torch.get_num_threads()}
     for name in ("device", "dtype"):  # of a training that went on elsewhere, all of them
         if (before := spent.get(name, about[name])) != about[name]:

@@ -18,7 +18,7 @@
 # hours: `python -m advkd quality` and `python -m advkd ablate`.
 
 # %% tags=["parameters"]
-preset: str = "digits"  # the experiment: digits or glyphs
+preset: str = "digits"  # the experiment, one whose study is committed
 live_setting: str = "full"  # the setting of the group "latent" that is trained again, seed 0
 
 # %%
@@ -30,6 +30,7 @@ from IPython.display import Markdown
 from advkd.ablations import ablate, jobs
 from advkd.evaluation import student_latency_ms, teacher_latency_ms
 from advkd.figures import markdown, plot_against, plot_settings, plot_shares, save_figure, save_table, start_notebook
+from advkd.glyphs import FONTS, LETTERS
 from advkd.pipeline import StudentPipeline
 from advkd.presets import load_preset
 from advkd.quality import FLOOR_IMAGES, SHOWN, Judge, means, targets
@@ -126,6 +127,41 @@ for field, heading in (("parameters", "parameters"), ("ms", "ms per image")):
     _ = save_figure(ax.figure, f"figures/{preset}", f"pareto_{field}")
 
 # %% [markdown]
+# ## A second data set
+#
+# The same recipe on the glyphs: letters in colour, 32 px, each rendered from its index. Real images never run out, so the critic
+# hardly sees one twice and copying cannot help; and what a student leaves out can be counted, letter by letter and font by font.
+# The weights of L1 and R1 follow from the size of the images, by a rule that was found in short runs on this data set with
+# other seeds; widths and 10,000 steps are the only other choices. Students and teacher were computed on one GPU (`trained_on`,
+# `sampled_on`).
+
+# %% tags=["nbval-ignore-output"]
+glyphs = json.loads(Path("figures/glyphs/quality.json").read_text())
+Markdown(markdown(glyphs["rows"], SHOWN))
+
+# %% tags=["nbval-ignore-output"]
+verdicts = targets(glyphs["rows"], "glyphs")
+_ = save_table(verdicts, glyphs["protocol"], f"figures/{preset}", "glyphs_targets")
+Markdown(markdown(verdicts, {field: field for field in verdicts[0]}))
+
+# %%
+(drawn,) = (row for row in glyphs["rows"] if row["model"] == "real")
+letters = [
+    row for row in glyphs["rows"] if (row["recipe"], row["steps"]) in (("improved", 1), (None, 50), (None, 1000))
+]
+for row in letters:
+    row["name"] = "our recipe" if row["model"] == "student" else f"{row['sampler'].upper()}-{row['steps']}"
+for factor, names in (("letter", LETTERS), ("font", FONTS)):
+    figure = plot_shares(letters, factor, drawn[f"shares_{factor}"], names)
+    _ = save_figure(figure, f"figures/{preset}", f"glyphs_shares_{factor}")
+
+# %% [markdown]
+# Everything that was asked holds, and one step is ahead of *every* sampler of its teacher by distance: three quarters of
+# DDIM-50's, half of it in the random network's space, with a little more recall and the same share of near-copies. The teacher is a small
+# one and far from real images itself, and the student's critic sees real ones too. The rarest letter has 0.55 of its share
+# (the teacher: 0.43 in DDIM-50, 0.26 in DDPM-1000), the rarest font 0.41 (0.36 and 0.46). More ancestral steps do not help this teacher. The paper's
+# recipe collapses here as well.
+#
 # ## The waterfall: from the paper's recipe to ours
 #
 # One change at a time, each on top of those above it, in the order in which a reader would make them. In every row the critic
@@ -138,10 +174,10 @@ figure = plot_settings(rows, ["waterfall"], "fd_train_subset", DISTANCE, level)
 _ = save_figure(figure, f"figures/{preset}", "waterfall")
 
 # %% [markdown]
-# On the digits (the glyphs were not swept):
+# On the digits (the sweep was not made on the glyphs):
 #
 # - **Ten times as long, the paper's recipe** comes no nearer, and not one sample lies among real digits. In the random
-#   network's space it does gain (`fd_unseen` in the rows), and stays far behind all that follows.
+#   network's space it does gain (`fd_unseen` in the rows), and stays far behind what does work below.
 # - **A latent as in sampling, and R1 for the clipped penalty**, leave the distance where it was, by this measure; the random
 #   network sees a gain. **A critic without the latent** makes it worse.
 # - **Adam's (0, 0.99) and a learning rate of 1e-3** then take nine tenths of it: the step that matters most. What they do
@@ -150,8 +186,8 @@ _ = save_figure(figure, f"figures/{preset}", "waterfall")
 # - **More pairs, from DDIM,** take more than half, and the seeds agree.
 # - **All stages at once** helps two seeds of three; with **residual blocks and light heads** all of them.
 # - **Fresh latents and real images** change nothing that the seeds can tell at this point.
-# - **The falling learning rate, the average and bfloat16** together: a factor of three. Of the first two one is enough: each
-#   can be left out alone at no cost (panels `ema` and `decay_share` below).
+# - **The falling learning rate, the average and bfloat16** together: a factor of three. Of the first two one seems to be
+#   enough: each can be left out alone at no cost in distance (panels `ema` and `decay_share` below); without both was not tried.
 #
 # ## One change at a time
 #
@@ -170,41 +206,52 @@ _ = save_figure(figure, f"figures/{preset}", "ablations")
 
 # %% [markdown]
 # What was learned, again on the digits and at this budget. Three seeds differ by 0.2 or so at our recipe, and rows from a GPU
-# (`device` in the rows) are of other runs of it: 1.97 there, 1.80 on a CPU. Differences below that are none.
+# (`device` in the rows) are of other runs of it: 1.97 there, 1.80 on a CPU (the dashed line). Differences below that are none.
 #
 # - **Submodules.** One is far too few, also with the parameters of eleven. With equal parameters five do as well as eleven and
 #   three nearly; without, five are a little behind. In the random network's space five and seven are ahead of eleven either way. So there
 #   have to be several, not one for each of the paper's times.
-# - **No head is missed.** With the L1 loss of any one of the eleven left out, the distance stays where it was.
-# - **Size.** A quarter of the parameters costs a fifth of the distance; two and four times as many bring nothing.
+# - **No head is missed.** With the L1 loss of any one of the eleven left out, the distance stays where it was; without the last
+#   one's, recall and the random network's space are a little worse.
+# - **Size.** A quarter of the parameters costs a fifth of the distance; two and four times as many bring nothing, and are
+#   worse in the random network's space.
 # - **Trajectories.** A tenth of them does as well, beside fresh latents and real images; without those it was not tried. Ten
-#   DDIM steps make as good ones as a hundred. **DDPM's**, whose images hardly depend on the noise, cost half the recall
-#   and twice the distance in the random network's space, while the distance itself sees nothing of it.
+#   DDIM steps make as good ones as a hundred, with a little less recall. **DDPM's**, whose images hardly depend on the noise, cost half the
+#   recall and twice the distance in the random network's space, while the distance itself sees nothing of it.
+# - **x0 targets** are nearer than the noisy states for every seed (1.80 against 2.31).
 # - **The critic makes the images.** Alone it is not far from both losses together, while reconstruction alone (on pairs alone) is far
-#   off. L1 buys recall, and from three times our weight on it costs distance. So does **feature matching**, and at 0.3 it
-#   costs none.
+#   off. L1 buys recall, and from three times our weight on it costs distance. **Feature matching** buys recall too; at 0.3 it costs
+#   no distance to the train split, but some to the held-out one (2.90 against 2.44).
 # - **The latent.** The published 8-bit latent, which is trained on but not sampled with, fails: high recall, hardly a sample among
 #   real digits. Block means come nearer than the full noise, which has more recall and is better in the random network's space.
-# - **A conditional critic** doubles the distance and halves the recall, where it can be compared (pairs alone).
-# - **Staged training** costs a factor of five, **plain blocks** four, **the clipped gradient penalty** more than ten, differently
-#   for every seed. **R1** can have a third or three times our weight; ten times costs distance and brings recall, none costs both.
+# - **Fresh latents** change nothing where the latent is block means, and help the full noise (2.82 to 2.20).
+# - **A conditional critic** nearly doubles the distance and halves the recall, where it can be compared (pairs alone).
+# - **Staged training** costs a factor of five and has more recall, **plain blocks**, with a fifth fewer parameters, two to six,
+#   **the clipped gradient penalty** more than ten, differently for every seed. **R1** can have a third or three times our weight; ten
+#   times costs distance and brings recall, none costs both.
 # - **Terminal heads**, the published ones, are nearer than our light ones for every seed, with half as many parameters again;
 #   the recipe was fixed before that was measured.
-# - **Real images** in the critic's batch: all, some or none, within the seeds, with a slight fall from none to all. They hardly
-#   move the pull to the training images at this budget.
-# - **What did not help:** x0 in place of x_t, more trajectories, more than five submodules, fresh latents, the forward KL, noise
-#   before the critic. And the recipe's average of 0.998 is
-#   *worse* here than a shorter one (0.99), and level with none: it was chosen for 3500 steps.
+# - **Real images** in the critic's batch: all are nearer than none for every seed (1.88 against 2.28), what lies between is
+#   within the seeds. They hardly move the pull to the training images at this budget.
+# - **What did not help:** more trajectories, more than five submodules, the forward KL, noise before the critic. And the recipe's
+#   average of 0.998 is *worse* here than a shorter one (0.99); it is as near as none, with less recall: it was chosen for 3500 steps.
 #
 # ## Distance against recall and memorisation
 #
-# All settings of the study in one plane, each a small dot; circles have the recipe's whole budget. Single changes trade one
+# All settings of the study with a distance below 6 in one plane, each a small dot; circles have the recipe's whole budget. Single changes trade one
 # for the other (the weight of L1, block means for the full noise); over all settings a shorter distance neither costs nor
-# brings recall. None reaches the teacher's recall near its distance.
+# brings recall.
 #
-# This is the trade behind the bounds above that do not hold. With the whole budget **the full noise is the
-# better trade**: at the same distance it has a recall of 0.76 against 0.69, and is nearer in the random network's space. The recipe
-# was fixed before that was measured, so it keeps its block means, and the table its verdicts; `--set latent=full` has the other.
+# With the whole budget there is a curve. From the recipe (distance 0.68 at 600 images, recall 0.69, 0.042 in the random
+# network's space) over the full noise (0.74, 0.76, 0.035) and, with the forward KL and feature matching of 0.1, (0.83, 0.78,
+# 0.029) to feature matching of 0.3 (1.10, 0.82, 0.029), distance is paid for the rest; the pull to the training images falls with it,
+# from 0.63 to 0.59. The teacher's DDIM-50 has 0.97, 0.89, 0.023 and 0.60. So nine tenths of its recall, as was asked, can be had, a seventh
+# further off than the teacher itself; its place in the random network's space cannot. **The full noise is the better trade**: next to
+# no distance for 0.07 of recall. The recipe was fixed before that was measured, so it keeps its block means, and the
+# table its verdicts; `--set latent=full` has the other.
+#
+# The curve does not explain the two bounds on the train split's distance: these seeds, 0 to 2, which the recipe was chosen by, would meet
+# both (0.26), and those of the table, 3 to 5, miss them (0.36).
 
 # %%
 plane = [row | {"recipe": "improved", "marker": "."} for row in settings]
@@ -213,7 +260,7 @@ fields = ("recipe", "marker", "fd_train_subset", "recall", "pull_to_train")
 cloud = [{f: row[f] for f in fields} for row in plane if not row["group"].startswith("trade-off")]
 marks = whole + [row for row in points if row["model"] == "teacher" and row["steps"] in (50, 100, 1000)]
 for field, heading in (("recall", "recall"), ("pull_to_train", "share nearer to train than to held-out images")):
-    near = [row for row in cloud + marks if row["fd_train_subset"] < 20]
+    near = [row for row in cloud + marks if row["fd_train_subset"] < 6]
     ax = plot_against(near, "fd_train_subset", field, (DISTANCE, heading), log="x")
     _ = save_figure(ax.figure, f"figures/{preset}", f"trade_off_{field}")
 

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pandas as pd
 import pytest
@@ -142,4 +143,7 @@ def test_a_trajectory_costs_its_steps_of_the_teacher(small, make_unet, monkeypat
 def test_a_compiled_student_is_measured(small, improved, monkeypatch):
     monkeypatch.setattr(module, "load_preset", lambda *_: improved)
     row = measure(Case("student", "improved student", "compiled", 2, **small))
-    assert row.get("error") or row["gflop_per_image"] == pytest.approx(gflop_per_image(Student.from_preset(improved)))
+    if "error" in row:  # where there is no compiler
+        assert re.search("compiler|inductor|triton", row["error"], re.IGNORECASE), row["error"]
+    else:
+        assert row["gflop_per_image"] == pytest.approx(gflop_per_image(Student.from_preset(improved)))

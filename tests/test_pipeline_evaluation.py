@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 from PIL import Image
 from scipy.linalg import eigvals
 
@@ -438,8 +439,10 @@ def test_points_of_a_plane_carry_names_and_deviations():
     assert points == [[[2, 1]], [[4, 3]]]
     crowd = [{"recipe": None, "name": f"DDIM-{n}", "fd": 3 + n / 1000, "ms": 4.0} for n in range(6)]
     ax = figures.plot_against([*rows, *crowd], "ms", "fd", ("", ""))
-    boxes = [text.get_window_extent() for text in ax.texts]
+    boxes = [Text.get_window_extent(text) for text in ax.texts]  # without the lines that lead to them
     assert len(boxes) == 7 and not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    inside = ax.get_window_extent()
+    assert all(inside.contains(*box.min) and inside.contains(*box.max) for box in boxes)
     assert {text.get_text(): text.xy for text in ax.texts}["DDIM-5"] == (4, 3.005)
     plt.close("all")
 
@@ -468,8 +471,9 @@ def test_preferences_show_strengths_and_win_rates_with_their_intervals():
 
 def test_shares_of_classes_stand_beside_the_real_ones():
     rows = [{"recipe": "improved", "name": "ours", "shares_digit": [0.5, 0.5]}]
-    figure = figures.plot_shares(rows, "digit", [0.25, 0.75])
+    figure = figures.plot_shares(rows, "digit", [0.25, 0.75], "AB")
     (ax,) = figure.axes
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["A", "B"]
     assert [bar.get_height() for bar in ax.patches] == [0.25, 0.75]
     assert list(ax.lines[0].get_ydata()) == [0.5, 0.5] and ax.get_xlabel() == "digit"
     plt.close("all")

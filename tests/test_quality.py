@@ -88,7 +88,7 @@ def test_seeds_that_report_chose_nothing():
 
 def test_quality_rows_train_what_is_missing_and_average_over_all_seeds(judge, improved):
     presets = [improved.replace(seed=seed) for seed in (4, 3)]
-    row = student_quality(judge, presets, count=70)
+    row = student_quality(judge, presets, workers=2, count=70)
     folders = {p.seed: folder for p, folder, error in train_side_by_side(presets) if error is None}
     each = [
         statistics.mean(

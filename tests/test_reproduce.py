@@ -122,3 +122,10 @@ def test_outside_of_a_checkout_it_says_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="not inside a checkout"):
         reproduce.reproduce("digits", {})
+
+
+def test_what_a_kernel_says_in_pieces_is_shown_whole(capsys):
+    said = reproduce._Said()
+    for piece in ("advkd: wai", "ting\na warn", "ing\n"):
+        said.write(piece)
+    assert capsys.readouterr().err == "advkd: waiting\n"

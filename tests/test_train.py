@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from advkd import losses, run, train_advkd, training
 from advkd.checkpoints import read_checkpoint_state
 from advkd.data import load_images, make_latent, seeded_noise
-from advkd.devices import pick_device
+from advkd.devices import label, pick_device
 from advkd.discriminator import make_discriminator
 from advkd.presets import ASSETS, UserError, load_preset
 from advkd.student import Student
@@ -529,6 +529,13 @@ def test_devices():
     assert pick_device().type in ("cuda", "mps", "cpu")
     with pytest.raises(UserError, match=r"device 'tpu' is not available here; available: .*cpu"):
         pick_device("tpu")
+
+
+def test_rows_name_the_gpu_and_the_torch_that_made_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100")
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    assert label(torch.device("cpu")) == "cpu"
+    assert label(torch.device("cuda", 1)) == "cuda:1 (NVIDIA H100, torch 2.11.0)"
 
 
 def test_training_leaves_the_global_random_state_alone(improved, store, images):
