@@ -1,11 +1,13 @@
 """Figures and tables: grids, curves, and the only writers of the figures folder."""
 
 import io
+import math
 import os
 import warnings
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -266,29 +268,41 @@ def plot_costs(rows: list[dict]) -> Figure:
     return figure
 
 
-def plot_settings(rows: list[dict], groups: Sequence[str], field: str, label: str, lines: dict[str, float]) -> Figure:
-    """A panel for each group of ablation rows: every seed's `field` as a dot, mean and standard deviation of a setting.
+def plot_settings(
+    rows: list[dict],
+    groups: Sequence[str],
+    field: str,
+    label: str,
+    lines: dict[str, float],
+    marked: Collection[str] = (),
+) -> Figure:
+    """A panel for each group of ablation rows, with an axis of its own: every seed's `field` as a dot, the mean of a setting
+    and the range of its seeds.
 
-    `lines` (name: value) are drawn through all panels. A failed training shows as a cross at the right edge.
+    `lines` (name: value) are drawn through all panels. Settings with a `preset_hash` in `marked` are in bold. A failed
+    training shows as a cross at the right edge.
     """
     columns = min(3, len(groups))
     counts = [len({row["setting"] for row in rows if row["group"] == group}) for group in groups]
     heights = [max(counts[i : i + columns]) + 1.6 for i in range(0, len(groups), columns)]
     size = (4.6 * columns if columns > 1 else 7.5, 0.27 * sum(heights) + 0.4)
     figure, axes = plt.subplots(
-        len(heights), columns, figsize=size, height_ratios=heights, squeeze=False, sharex=True, layout="constrained"
+        len(heights), columns, figsize=size, height_ratios=heights, squeeze=False, layout="constrained"
     )
     for ax, group in zip(axes.flat, groups, strict=False):
-        _settings_panel(ax, pd.DataFrame([row for row in rows if row["group"] == group]), field)
+        frame = pd.DataFrame([row for row in rows if row["group"] == group])
+        _settings_panel(ax, frame, field)
+        bold = set(frame[frame["preset_hash"].isin(marked)].setting) if marked else ()
+        for text in ax.get_yticklabels():
+            text.set_fontweight("bold" if text.get_text() in bold else "normal")
         for (name, value), dashes in zip(lines.items(), (":", "--", "-."), strict=False):
             ax.axvline(value, color=INK, ls=dashes, lw=1, zorder=0, label=name)
-        ax.set(ylabel="", xlabel=label, title=group)
-        _logarithmic(ax, "x")
+        ax.set(ylabel="", xlabel="", title=group)
+        _logarithmic(ax, "x")  # last: on such an axis seaborn would take the mean of the logarithms
     for ax in axes.flat[len(groups) :]:
         ax.set_axis_off()
     for ax in axes.flat[max(len(groups) - columns, 0) : len(groups)]:  # the last of each column
-        ax.tick_params(labelbottom=True)
-        ax.xaxis.label.set_visible(True)
+        ax.set_xlabel(label)
     figure.legend(
         *axes.flat[0].get_legend_handles_labels(), fontsize=8, loc="outside upper left", ncols=3, frameon=False
     )
@@ -298,7 +312,7 @@ def plot_settings(rows: list[dict], groups: Sequence[str], field: str, label: st
 def _settings_panel(ax: Axes, frame: pd.DataFrame, field: str) -> None:
     style = {"data": frame, "x": field, "y": "setting", "orient": "h", "ax": ax, "color": IMPROVED_RECIPE}
     sns.stripplot(**style, size=4, alpha=0.35, jitter=False)
-    sns.pointplot(**style, errorbar="sd", linestyle="none", markersize=5, err_kws={"lw": 1.5})
+    sns.pointplot(**style, errorbar=("pi", 100), linestyle="none", markersize=5, err_kws={"lw": 1.5})
     if "error" in frame:
         failed = frame[frame["error"].notna()].setting
         ax.plot([0.98] * len(failed), failed, "x", color=PAPER_RECIPE, transform=ax.get_yaxis_transform())
@@ -328,10 +342,8 @@ def _name_points(ax: Axes, points: list[tuple[str, tuple[float, float]]]) -> Non
     """Write the names beside their points, each at the nearest place inside the axes where no other name or named point is;
     a line leads to it where that is not next to its own."""
     ax.figure.canvas.draw()  # fixes the axes
-    inside, taken = (
-        ax.get_window_extent(),
-        [Bbox.from_bounds(*ax.transData.transform(at) - 4, 8, 8) for _, at in points],
-    )
+    places = [tuple(ax.transData.transform(at)) for _, at in points]
+    inside, taken = ax.get_window_extent(), [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in places]
     for name, at in sorted(points, key=lambda point: point[1]):
         for right, up in NAME_PLACES:
             line = {"arrowstyle": "-", "lw": 0.6, "color": "0.5"} if abs(right) + abs(up) > 15 else None
@@ -339,7 +351,8 @@ def _name_points(ax: Axes, points: list[tuple[str, tuple[float, float]]]) -> Non
             text = ax.annotate(name, at, (right, up), arrowprops=line, **style)
             text.update_positions(ax.figure.canvas.get_renderer())
             box = Text.get_window_extent(text)  # without the line
-            if inside.contains(*box.min) and inside.contains(*box.max) and not any(map(box.overlaps, taken)):
+            fits = inside.contains(*box.min) and inside.contains(*box.max) and not any(map(box.overlaps, taken))
+            if fits and (line or min(places, key=partial(_gap, box)) == tuple(ax.transData.transform(at))):
                 break
             text.remove()
         else:
@@ -347,13 +360,20 @@ def _name_points(ax: Axes, points: list[tuple[str, tuple[float, float]]]) -> Non
         taken.append(box)
 
 
+def _gap(box: Bbox, place: tuple[float, float]) -> float:
+    """How far a place is from a box, in pixels."""
+    return math.dist(place, [min(max(x, low), high) for x, low, high in zip(place, box.min, box.max, strict=True)])
+
+
 def _logarithmic(ax: Axes, axes: str = "xy") -> None:
-    """Make the named axes logarithmic, with plain numbers at 1, 2 and 5; over a factor of 2000 or more, at 1 alone."""
+    """Make the named axes logarithmic, with plain numbers at 1, 2 and 5: over a factor of 2000 or more at 1 alone, below 10 at
+    some more."""
     for name in axes:
         ax.set(**{f"{name}scale": "log"})
         axis = getattr(ax, f"{name}axis")
         low, high = sorted(getattr(ax, f"get_{name}lim")())
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 2000 * low else (1,)))
+        subs = (1, 1.5, 2, 3, 4, 5, 7) if high < 10 * low else (1, 2, 5) if high < 2000 * low else (1,)
+        axis.set_major_locator(LogLocator(subs=subs))
         axis.set_major_formatter("{x:,.9g}")
         axis.set_minor_formatter(NullFormatter())
 
@@ -404,9 +424,12 @@ def plot_shares(rows: list[dict], factor: str, real: Sequence[float], names: Seq
     turn = 35 if max(map(len, names), default=0) > 2 else 0  # of long names
     figure, ax = plt.subplots(figsize=(max(6.4, 0.27 * len(real)), 3.4 if turn else 2.4))
     ax.bar(range(len(real)), real, color="0.88", label="held-out real images")
+    used = []
     for row, marker in zip(rows, "os^Dv", strict=False):
         colour = COLOURS[row["recipe"] or "teacher"]
-        ax.plot(row[f"shares_{factor}"], ls="", marker=marker, ms=5, color=colour, alpha=0.8, label=row["name"])
+        style = {"ls": "", "marker": marker, "ms": 5, "color": colour, "alpha": 0.8, "label": row["name"]}
+        ax.plot(row[f"shares_{factor}"], fillstyle="none" if colour in used else "full", **style)
+        used.append(colour)
     ax.set(xlabel=factor, ylabel="share of the images")
     ax.set_xticks(
         range(len(real)), names or range(len(real)), fontsize=7.5, rotation=turn, ha="right" if turn else "center"

@@ -404,21 +404,21 @@ def test_strips_and_curves_have_a_panel_each():
     plt.close("all")
 
 
-def test_a_panel_of_settings_has_every_seed_its_mean_and_its_deviation():
-    rows = [{"group": "g", "setting": name, "fd": fd} for name, fd in zip("aabb", (1.0, 3.0, 10.0, 30.0), strict=True)]
-    rows += [{"group": "h", "setting": "a", "fd": 2.0}, {"group": "h", "setting": "c", "error": "not finite"}]
-    figure = figures.plot_settings(rows, ["g", "h"], "fd", "distance", {"floor": 0.5})
+def test_a_panel_of_settings_has_every_seed_its_mean_and_its_range():
+    made = [("g", "a", 1.0), ("g", "a", 3.0), ("g", "b", 10.0), ("g", "b", 30.0), ("h", "a", 2.0), ("h", "a", 8.0)]
+    rows = [{"group": g, "setting": name, "fd": fd, "preset_hash": g + name} for g, name, fd in made]
+    rows += [{"group": "h", "setting": "c", "error": "not finite", "preset_hash": "hc"}]
+    figure = figures.plot_settings(rows, ["g", "h"], "fd", "distance", {"floor": 0.5}, {"gb"})
     panels = {ax.get_title(): ax for ax in figure.axes}
     assert list(panels) == ["g", "h"] and panels["g"].get_xlabel() == "distance"
     dots = [xy for dots in panels["g"].collections for xy in dots.get_offsets().tolist()]
     assert dots == [[1, 0], [3, 0], [10, 1], [30, 1]]
-    lines = [
-        line.get_xdata().tolist() if hasattr(line.get_xdata(), "tolist") else line.get_xdata()
-        for line in panels["g"].lines
-    ]
+    lines, others = ([list(line.get_xdata()) for line in panels[g].lines] for g in "gh")
     assert [0.5, 0.5] in lines and [2.0, 20.0] in lines  # the line through all panels; the means
-    spread = np.std([1, 3], ddof=1)
-    assert any(np.allclose(line, [2 - spread, 2 + spread]) for line in lines if len(line) == 2)
+    assert [1.0, 3.0] in lines and [10.0, 30.0] in lines  # the ranges
+    assert any(line[0] == 5.0 for line in others), "in every panel means of the values, not of their logarithms"
+    weights = {text.get_text(): text.get_fontweight() for text in panels["g"].get_yticklabels()}
+    assert weights == {"a": "normal", "b": "bold"}
     (cross,) = (line for line in panels["h"].lines if line.get_marker() == "x")
     assert list(cross.get_ydata()) == ["c"]
     plt.close("all")
