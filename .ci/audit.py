@@ -1,5 +1,5 @@
-"""Ask for known vulnerabilities of the locked packages: status 1 where there are any, or no packages; 0 where nobody could
-be asked.
+"""Ask for known vulnerabilities of the locked packages: status 1 where there are any or the audit itself fails; 0
+where there are none or nobody could be asked.
 
 Whoever cannot reach the database is told so in one line, which is not the same as "none are known".
 """

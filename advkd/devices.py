@@ -34,7 +34,8 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def label(device: torch.device) -> str:
-    """What result rows call it: a GPU by its name too, and by torch's version, which may be another there."""
+    """A device's name in `run.json` and result rows: of a GPU its model too, and torch's version, which may differ from the
+    CPU's."""
     if device.type != "cuda":
         return str(device)
     return f"{device} ({torch.cuda.get_device_name(device)}, torch {torch.__version__.partition('+')[0]})"

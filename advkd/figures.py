@@ -332,7 +332,7 @@ def plot_against(rows: list[dict], x: str, y: str, labels: tuple[str, str], log:
     return ax
 
 
-# Of a name, in points from its own point, the nearest first.
+# Of a name, in points from its own point, roughly the nearest first.
 NAME_PLACES = [(5, 4), (5, -10), (-5, 4), (-5, -10)] + [
     (right, up) for far in range(15, 120, 10) for up in (far, -far, 0, far // 2, -far // 2) for right in (far, -far)
 ]
@@ -340,7 +340,7 @@ NAME_PLACES = [(5, 4), (5, -10), (-5, 4), (-5, -10)] + [
 
 def _name_points(ax: Axes, points: list[tuple[str, tuple[float, float]]]) -> None:
     """Write the names beside their points, each at the nearest place inside the axes where no other name or named point is;
-    a line leads to it where that is not next to its own."""
+    a line leads to it where that is not next to its own. Where none is free the name stands next to its point."""
     ax.figure.canvas.draw()  # fixes the axes
     places = [tuple(ax.transData.transform(at)) for _, at in points]
     inside, taken = ax.get_window_extent(), [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in places]
@@ -356,7 +356,7 @@ def _name_points(ax: Axes, points: list[tuple[str, tuple[float, float]]]) -> Non
                 break
             text.remove()
         else:
-            ax.add_artist(text)
+            ax.annotate(name, at, NAME_PLACES[0], textcoords="offset points", fontsize=7.5)
         taken.append(box)
 
 

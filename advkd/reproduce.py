@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 import time
 from pathlib import Path
 
@@ -134,10 +135,10 @@ class _Said(io.TextIOBase):
     begun = ""  # a line whose end is still to come
 
     def write(self, text: str) -> int:
-        *lines, self.begun = (self.begun + text).split("\n")
+        *lines, self.begun = re.split(r"[\r\n]", self.begun + text)  # progress bars end lines in \r
         for line in lines:
-            if line.startswith("advkd: "):
-                click.echo(line, err=True)
+            if said := re.search("advkd: .*", line):  # perhaps behind a line that nobody ended
+                click.echo(said[0], err=True)
         return len(text)
 
 

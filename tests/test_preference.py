@@ -120,7 +120,9 @@ def test_intervals_are_finite_for_many_methods_that_barely_differ():
     # The curvature is singular along the mean strength, and rounding makes that eigenvalue tiny or negative.
     for many in (3, 7, 12):
         rows = bradley_terry(simulated({f"m{n}": n / 1e3 for n in range(many)}, 60))
-        assert all(math.isfinite(row["low"]) and row["low"] < row["strength"] < row["high"] for row in rows)
+        assert all(
+            math.isfinite(row["high"] - row["low"]) and row["low"] < row["strength"] < row["high"] for row in rows
+        )
 
 
 def test_who_never_loses_has_a_finite_strength_and_no_votes_is_an_error():

@@ -126,6 +126,13 @@ def test_outside_of_a_checkout_it_says_so(tmp_path, monkeypatch):
 
 def test_what_a_kernel_says_in_pieces_is_shown_whole(capsys):
     said = reproduce._Said()
-    for piece in ("advkd: wai", "ting\na warn", "ing\n"):
+    for piece in (
+        "advkd: wai",
+        "ting\na warn",
+        "ing\n",
+        "\rtrain:  5%|",
+        "advkd: again\n",
+        "\rtrain: 9%|\radvkd: last\n",
+    ):
         said.write(piece)
-    assert capsys.readouterr().err == "advkd: waiting\n"
+    assert capsys.readouterr().err == "advkd: waiting\nadvkd: again\nadvkd: last\n"
