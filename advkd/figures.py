@@ -333,7 +333,7 @@ def plot_against(rows: list[dict], x: str, y: str, labels: tuple[str, str], log:
 
 
 # Of a name, in points from its own point, roughly the nearest first.
-NAME_PLACES = [(5, 4), (5, -10), (-5, 4), (-5, -10)] + [
+NAME_PLACES = [(5, 4), (5, -10), (-5, 4), (-5, -10), (7, -3), (-7, -3)] + [
     (right, up) for far in range(15, 120, 10) for up in (far, -far, 0, far // 2, -far // 2) for right in (far, -far)
 ]
 

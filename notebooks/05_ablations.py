@@ -281,7 +281,11 @@ _ = save_figure(figure, f"figures/{preset}", "ablations")
 
 # %%
 plane = [row | {"recipe": "improved", "marker": "."} for row in settings]
-whole = [row | {"marker": "o", "name": row["setting"]} for row in plane if row["group"].startswith("trade-off")]
+whole = [
+    row | {"marker": "o", "name": row["setting"].replace("full noise, ", "+ ")}
+    for row in plane
+    if row["group"].startswith("trade-off")
+]
 fields = ("recipe", "marker", "fd_train_subset", "recall", "pull_to_train")
 cloud = [{f: row[f] for f in fields} for row in plane if not row["group"].startswith("trade-off")]
 marks = whole + [row for row in points if row["model"] == "teacher" and row["steps"] in (50, 100, 1000)]
