@@ -42,10 +42,11 @@ class Head(nn.Module):
     """A critic of one layer's features `(b, c, *)`: a logit for every place, `(b, n)` (StyleGAN-T, section 3.2).
 
     Tokens `(b, c, n)` are mixed by circular convolutions over 9, maps `(b, c, h, w)` by 3 x 3. With `condition_size` a
-    vector `(b, condition_size)`, such as the embedding of a timestep, moves the hidden channels.
+    vector `(b, condition_size)`, such as the embedding of a timestep, moves the hidden channels. With several `kinds` of
+    images each kind has a logit of its own.
     """
 
-    def __init__(self, c: int, dims: int, condition_size: int = 0, width: int = 64):
+    def __init__(self, c: int, dims: int, condition_size: int = 0, width: int = 64, kinds: int = 1):
         super().__init__()
         convolution = {1: nn.Conv1d, 2: nn.Conv2d}[dims]
         mix = {1: {"kernel_size": 9, "padding": 4, "padding_mode": "circular"}, 2: {"kernel_size": 3, "padding": 1}}[
@@ -57,26 +58,29 @@ class Head(nn.Module):
         self.mix = nn.Sequential(
             spectral_norm(convolution(width, width, **mix)), BatchNormLocal(width), nn.LeakyReLU(0.2)
         )
-        self.leave = spectral_norm(convolution(width, 1, 1))
+        self.leave = spectral_norm(convolution(width, kinds, 1))
 
-    def forward(self, features: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, features: Tensor, condition: Tensor | None = None, kind: Tensor | None = None) -> Tensor:
         x = self.enter(features)
         if self.condition is not None:
             x = x + self.condition(condition).view(len(x), -1, *[1] * (x.ndim - 2))
         x = self.normalise(x)
-        return self.leave((x + self.mix(x)) / 2**0.5).flatten(1)
+        logits = self.leave((x + self.mix(x)) / 2**0.5).flatten(2)
+        return logits[:, 0] if kind is None else logits[torch.arange(len(x), device=x.device), kind]
 
 
 class Heads(nn.Module):
     """One head for each layer of a feature network."""
 
-    def __init__(self, channels: Sequence[int], dims: int, condition_size: int = 0):
+    def __init__(self, channels: Sequence[int], dims: int, condition_size: int = 0, kinds: int = 1):
         super().__init__()
-        self.heads = nn.ModuleList(Head(c, dims, condition_size) for c in channels)
+        self.heads = nn.ModuleList(Head(c, dims, condition_size, kinds=kinds) for c in channels)
 
-    def forward(self, features: Sequence[Tensor], condition: Tensor | None = None) -> list[Tensor]:
-        """Logits `(b, n)` of every head: large for real images."""
-        return [head(x, condition) for head, x in zip(self.heads, features, strict=True)]
+    def forward(
+        self, features: Sequence[Tensor], condition: Tensor | None = None, kind: Tensor | None = None
+    ) -> list[Tensor]:
+        """Logits `(b, n)` of every head, large for real images; `kind` `(b,)` says of which kind each image would be."""
+        return [head(x, condition, kind) for head, x in zip(self.heads, features, strict=True)]
 
 
 class TeacherFeatures:
@@ -171,8 +175,8 @@ def augmented(images: Tensor, z: Tensor) -> Tensor:
     return moved * seen[:, None]
 
 
-def make_heads(features: TeacherFeatures | DinoFeatures, seed: int) -> Heads:
+def make_heads(features: TeacherFeatures | DinoFeatures, seed: int, kinds: int = 1) -> Heads:
     """New heads for a feature network, their initial weights a function of `seed`."""
     with torch.random.fork_rng():
         torch.manual_seed(seed + 1000)
-        return Heads(features.channels, features.dims, features.condition_size)
+        return Heads(features.channels, features.dims, features.condition_size, kinds)

@@ -86,6 +86,7 @@ class Preset:
     features: str = ""  # a DINOv2 for ADD's critic, a folder or a hub id, in place of the teacher's features
     critic_learning_rate: float = 0.0  # of ADD's heads before its fall; 0: the student's
     feature_noise: tuple[float, ...] = (0.0, 1.0)  # mean and sd of log(sigma / alpha) of what ADD's critic is shown
+    image_penalty_weight: float = 0.0  # of R1 on the images that ADD's critic is shown, lazy too
 
     def __post_init__(self):
         check(self)
@@ -227,6 +228,7 @@ def check(p: Preset) -> None:
         "feature_weight",
         "distillation_weight",
         "critic_learning_rate",
+        "image_penalty_weight",
         "warm_up_steps",
         "student_grid",
         "trajectory_seed",
@@ -283,6 +285,11 @@ def _check_method(p: Preset) -> None:
         raise UserError(
             f"critic_learning_rate is {p.critic_learning_rate:g}, but method {p.method!r} has one learning_rate for all: "
             "critic_learning_rate=0"
+        )
+    if p.image_penalty_weight and p.method != "add":
+        raise UserError(
+            f"image_penalty_weight is {p.image_penalty_weight:g}, but method {p.method!r} has no such penalty: "
+            "image_penalty_weight=0"
         )
     if p.features and p.method != "add":
         raise UserError(f"features is {p.features!r}, but method {p.method!r} has no critic on features: features=''")
@@ -443,8 +450,13 @@ _METHODS = {
         method="add",
         student_timesteps=(249, 499, 749, 999),
         penalty_weight=1e-5,
+        penalty_every=4,
+        image_penalty_weight=1.0,
         distillation_weight=2.5,
-        critic_learning_rate=1e-3,
+        learning_rate=2e-4,
+        betas=(0.0, 0.99),
+        decay_share=0.5,
+        critic_learning_rate=3e-3,
         feature_noise=(-1.0, 1.5),
     ),
     "regression": _UNET | dict(method="regression", real_share=0.0),

@@ -186,7 +186,7 @@ def _begin(
         return pipeline, train_dmd(student, *given, teacher=expert(), fake=expert(), **options)
     frozen = expert()
     features = dino or TeacherFeatures(frozen, *preset.feature_noise)
-    critic = {"features": features, "heads": make_heads(features, preset.seed)}
+    critic = {"features": features, "heads": make_heads(features, preset.seed, len(preset.student_timesteps))}
     return pipeline, train_add(student, *given, teacher=frozen, **critic, **options)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from advkd import losses
 from advkd.data import batch_generator
@@ -86,42 +87,56 @@ class _Loop:
         real = self.data.real(generator)
         eps = self.mine.randn(generator, size, *p.image_shape)
         choice = self.mine.of(torch.randint(len(p.student_timesteps), (size * self.mine.count,), generator=generator))
-        t = torch.tensor(p.student_timesteps, device=self.device)[choice.to(self.device)]
+        choice = choice.to(self.device)
+        t = torch.tensor(p.student_timesteps, device=self.device)[choice]
         with autocast(p, self.device):
             fake = expected_image(self.student, p, self.teacher.noised(real, eps, t), t)
         values = {}
         if p.adversarial_weight:
-            values |= self._train_critic(self.data.real(generator), fake.detach(), generator)
-        return 0, self.plan.images_seen(step), values | self._train_student(fake, generator)
+            values |= self._train_critic(self.data.real(generator), fake.detach(), choice, generator, step)
+        return 0, self.plan.images_seen(step), values | self._train_student(fake, choice, generator)
 
     def _see(self, images: Tensor, generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
         eps, z = (self.mine.randn(generator, *shape) for shape in (images.shape, (len(images), 8)))
         with autocast(self.preset, self.device):
             return self.features(images, eps, z)
 
-    def _train_critic(self, real: Tensor, fake: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def _train_critic(self, real: Tensor, fake: Tensor, choice: Tensor, generator: torch.Generator, step: int) -> dict:
         p, heads, optimizer = self.preset, self.modules["critic"], self.optimizers["critic_optimizer"]
         with torch.no_grad():
             (on_real, condition), (on_fake, other) = (self._see(x, generator) for x in (real, fake))
         with autocast(self.preset, self.device):
-            loss = losses.hinge_discriminator_loss(heads(on_real, condition), heads(on_fake, other))
-        penalty = losses.feature_r1_penalty(lambda x: heads(x, condition.float()), on_real)
-        optimizer.zero_grad(set_to_none=True)
+            loss = losses.hinge_discriminator_loss(heads(on_real, condition, choice), heads(on_fake, other, choice))
+        penalty = losses.feature_r1_penalty(lambda x: heads(x, condition.float(), choice), on_real)
         total = loss + p.penalty_weight * penalty
+        if p.image_penalty_weight and step % p.penalty_every == 0:
+            total = total + p.image_penalty_weight * p.penalty_every * self._image_penalty(real, choice, generator)
+        optimizer.zero_grad(set_to_none=True)
         total.backward()
         average_gradients(heads.parameters())
         norm = gradient_norm(heads.parameters())
         optimizer.step()
         return {"critic_loss": total.detach(), "penalty": penalty.detach(), "critic_gradient": norm}
 
-    def _train_student(self, fake: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def _image_penalty(self, real: Tensor, choice: Tensor, generator: torch.Generator) -> Tensor:
+        """R1 through the feature network, of an image's mean logit, summed over the heads."""
+        eps, z = (self.mine.randn(generator, *shape) for shape in (real.shape, (len(real), 8)))
+
+        def critic(images: Tensor) -> Tensor:
+            seen, condition = self.features(images, eps, z)
+            return sum(logits.mean(1) for logits in self.modules["critic"](seen, condition, choice))
+
+        with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+            return losses.r1_penalty(critic, real)
+
+    def _train_student(self, fake: Tensor, choice: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         p = self.preset
         total, values = torch.zeros((), device=self.device), {}
         if p.adversarial_weight:
             heads = self.modules["critic"].requires_grad_(False)
             seen, condition = self._see(fake, generator)
             with autocast(self.preset, self.device):
-                total = total + p.adversarial_weight * losses.hinge_generator_loss(heads(seen, condition))
+                total = total + p.adversarial_weight * losses.hinge_generator_loss(heads(seen, condition, choice))
             heads.requires_grad_(True)
         if p.distillation_weight:
             distillation = self._distillation(fake, generator)

@@ -192,6 +192,47 @@ def test_a_head_gives_a_logit_for_every_place_and_its_norms_are_one(dims, shape,
         assert norm == pytest.approx(1, abs=0.02)
 
 
+def test_each_kind_of_images_has_a_logit_of_its_own():
+    torch.manual_seed(0)
+    head = Head(6, 2, kinds=3).eval()  # no power iterations
+    features = torch.randn(8, 6, 5, 5)
+    of_kind = [head(features, kind=torch.full((8,), n)) for n in range(3)]
+    assert of_kind[0].shape == (8, 25) and not torch.equal(of_kind[0], of_kind[1])
+    kind = torch.tensor([0, 1, 2, 2, 1, 0, 1, 2])
+    torch.testing.assert_close(head(features, kind=kind), torch.stack(of_kind)[kind, torch.arange(8)])
+    torch.testing.assert_close(head(features), of_kind[0])
+    norm = torch.linalg.matrix_norm(head.leave.weight.flatten(1), 2).item()
+    assert norm <= 1.1  # of all kinds together
+
+
+def test_the_penalty_on_images_goes_through_the_features(tmp_path, method, store, images, monkeypatch):
+    """R1 of the logits that the loop has, against differences of the images."""
+    found, penalty = {}, losses.r1_penalty
+
+    def noted(critic, real):
+        found.update(critic=critic, real=real, value=penalty(critic, real))
+        return found["value"]
+
+    monkeypatch.setattr(losses, "r1_penalty", noted)
+    monkeypatch.setattr(run, "make_heads", lambda *args: found.setdefault("heads", make_heads(*args)))
+    p = method("add", image_penalty_weight=0.7, penalty_every=2, steps=1, train_dtype="float32")
+    (record,) = train_run(p, store, tmp_path / "with", images=images, device="cpu")
+    critic, real = found["critic"], found["real"]
+    monkeypatch.undo()
+    (without,) = train_run(
+        p.replace(image_penalty_weight=0.0), store, tmp_path / "without", images=images, device="cpu"
+    )
+    added = 0.7 * 2 * found["value"].item()
+    assert added > 0 and record.critic_loss == pytest.approx(without.critic_loss + added, rel=1e-4)
+    found["heads"].eval()  # no power iterations
+    generator = torch.Generator().manual_seed(0)
+    along = torch.randn(real.shape, generator=generator)
+    slope = (losses.input_gradient(critic, real) * along).sum().item()
+    with torch.no_grad():
+        apart = [critic(real + h * along).sum().item() for h in (3e-4, -3e-4)]
+    assert slope == pytest.approx((apart[0] - apart[1]) / 6e-4, rel=0.05, abs=1e-3)
+
+
 def test_features_are_the_teachers_at_the_noise_level_that_is_drawn(denoiser, images):
     features = TeacherFeatures(denoiser, mean=-1.0, sd=2.0)
     ratio = denoiser.sigma / denoiser.alpha
@@ -402,14 +443,14 @@ def test_the_parts_of_add_can_be_left_out(tmp_path, method, store, images, parts
 
 
 def test_the_heads_have_a_rate_of_their_own_that_falls_with_the_students(tmp_path, method, store, images, monkeypatch):
-    rates, step = {0.0: [], 0.9: []}, torch.optim.AdamW.step
+    rates, step = {0.0: [], 0.9: []}, torch.optim.AdamW.step  # by beta 1
 
     def noted(optimizer, *args, **kwargs):
         rates[optimizer.defaults["betas"][0]].append(optimizer.param_groups[0]["lr"])
         return step(optimizer, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", noted)
-    p = method("add", learning_rate=1e-4, critic_learning_rate=4e-4, decay_share=0.5)
+    p = method("add", learning_rate=1e-4, critic_learning_rate=4e-4, decay_share=0.5, betas=(0.9, 0.99))
     finish(train_run(p, store, tmp_path, images=images, device="cpu"))
     assert rates[0.9] == pytest.approx([1e-4, 1e-4, 1e-4, 1e-4, 2e-4 / 3, 1e-4 / 3])
     assert rates[0.0] == pytest.approx([4 * rate for rate in rates[0.9]])
@@ -419,6 +460,12 @@ def test_the_heads_have_a_rate_of_their_own_that_falls_with_the_students(tmp_pat
     ("recipe", "fields", "message"),
     [
         ("improved", {"critic_learning_rate": 1e-3}, "critic_learning_rate is 0.001, but method 'advkd' has one"),
+        (
+            "improved",
+            {"image_penalty_weight": 1.0},
+            "image_penalty_weight is 1, but method 'advkd' has no such penalty",
+        ),
+        ("add", {"image_penalty_weight": -1.0}, "image_penalty_weight is -1.0, but must not be negative"),
         ("add", {"critic_learning_rate": -1e-3}, "critic_learning_rate is -0.001, but must not be negative"),
         ("improved", {"architecture": "unet"}, "architecture is 'unet', but Adv-KD trains submodules"),
         ("progressive", {"architecture": "submodules"}, "method 'progressive'"),
