@@ -146,9 +146,8 @@ def _train(
             if record.step % 20 == 0:
                 with writing(logs):
                     _log(board, record)
-                bar.set_postfix(
-                    stage=record.stage, critic=f"{record.critic_loss:.2f}", student=f"{record.student_loss:.2f}"
-                )
+                losses = {"critic": record.critic_loss, "student": record.student_loss}  # some methods have no critic
+                bar.set_postfix(stage=record.stage, **{k: f"{x:.2f}" for k, x in losses.items() if x is not None})
             bar.update()
             yield record
     pipeline.record(**run_facts(about))  # without the clocks: the same training makes the same files

@@ -378,7 +378,7 @@ def test_timesteps_are_even_and_end_with_noise():
 
 @pytest.mark.parametrize("recipe", METHODS)
 def test_a_method_moves_its_student_and_nothing_that_is_frozen(tmp_path, monkeypatch, method, store, images, recipe):
-    p, frozen = method(recipe, steps=10), []
+    p, frozen = method(recipe, steps=20), []  # the progress bar speaks every 20
     load = Denoiser.from_teacher.__func__
 
     def watched(cls, teacher, preset):
@@ -394,7 +394,7 @@ def test_a_method_moves_its_student_and_nothing_that_is_frozen(tmp_path, monkeyp
         if any(not torch.equal(made.state_dict()[n], x) for n, x in before.items())
     }
     assert moved == ({0, 2} if recipe == "dmd" else {0})  # the student, and DMD's second score
-    assert last.step == 10 and last.images_seen == 40 and last.student_gradient > 0
+    assert last.step == 20 and last.images_seen == 80 and last.student_gradient > 0
     assert (last.critic_loss is None) == (recipe not in ("add", "dmd"))
     assert load_run(tmp_path)(2, output_type="pt").images.shape == (2, 1, 16, 16)
     assert read_run(tmp_path)["preset"]["method"] == recipe
