@@ -91,6 +91,27 @@ SHOWN = {
     "pull_to_train": "nearer to train",
 }
 
+SUMMARY = {  # of means over seeds
+    "method": "method",
+    "budget": "budget",
+    "steps": "steps",
+    "seeds": "seeds",
+    "parameters": "parameters",
+    "train_seconds": "training, s",
+    "teacher_evaluations": "teacher's evaluations",
+    "ms_per_image": "ms per image",
+    "peak_memory_mb": "peak MB",
+    "fd_train": "FD, train",
+    "fd_train_sd": "±",
+    "fd_heldout": "FD, held out",
+    "fd_unseen": "unseen space, train",
+    "kid_train": "KID",
+    "precision": "precision",
+    "recall": "recall",
+    "recall_sd": "±",
+    "pull_to_train": "nearer to train",
+}
+
 
 @dataclass(frozen=True)
 class Job:
@@ -155,14 +176,18 @@ def compare(judge: Judge, chosen: list[Job], workers: int = 1) -> Iterator[tuple
 def compare_teacher(judge: Judge, preset: Preset) -> Iterator[tuple[dict, Tensor | None]]:
     """The rows of the teacher, of each sampler with each number of steps, and of each sampling seed; with the first seed's
     first images. What is finished is only read."""
-    cost = sampling_cost(preset.name, "unet")
-    for method, sampler in TEACHERS.items():
+    for method in TEACHERS:
         for steps in TEACHER_STEPS:
             for seed in SAMPLING_SEEDS:
-                images = teacher_images(judge.teacher, preset, sampler, steps, seed, IMAGES)
-                row = teacher_row(judge.teacher, sampler, steps) | {"method": method, "seed": seed, "images": IMAGES}
-                row |= judge.measure(images) | _times(cost, steps)
-                yield row, images[:KEPT] if seed == SAMPLING_SEEDS[0] else None
+                row, images = compare_sampler(judge, preset, method, steps, seed)
+                yield row, images if seed == SAMPLING_SEEDS[0] else None
+
+
+def compare_sampler(judge: Judge, preset: Preset, method: str, steps: int, seed: int) -> tuple[dict, Tensor]:
+    """One of them: the row of a method of `TEACHERS`, and its first images."""
+    images = teacher_images(judge.teacher, preset, TEACHERS[method], steps, seed, IMAGES)
+    row = teacher_row(judge.teacher, TEACHERS[method], steps) | {"method": method, "seed": seed, "images": IMAGES}
+    return row | judge.measure(images) | _times(sampling_cost(preset.name, "unet"), steps), images[:KEPT]
 
 
 def teacher_evaluations(preset: Preset) -> int:

@@ -84,7 +84,7 @@ class Preset:
     distillation: Literal["exponential", "sds"] = "exponential"  # its weighting of the timesteps
     warm_up_steps: int = 0  # of ADD: pair regression first
     features: str = ""  # a DINOv2 for ADD's critic, a folder or a hub id, in place of the teacher's features
-    critic_learning_rate: float = 0.0  # of ADD's heads before its fall; 0: the student's
+    critic_learning_rate: float = 0.0  # of ADD's heads, constant; 0: what the student begins with
     feature_noise: tuple[float, ...] = (0.0, 1.0)  # mean and sd of log(sigma / alpha) of what ADD's critic is shown
     image_penalty_weight: float = 0.0  # of R1 on the images that ADD's critic is shown, lazy too
 

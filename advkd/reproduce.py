@@ -17,9 +17,10 @@ from advkd import files
 from advkd.certificate import certify
 from advkd.presets import ASSETS, UserError, load_preset
 
-NOTEBOOKS = ("01_teacher", "02_submodules", "03_train", "04_evaluate", "05_ablations", "07_deploy")
+NOTEBOOKS = ("01_teacher", "02_submodules", "03_train", "04_evaluate", "05_ablations", "06_head_to_head", "07_deploy")
 STUDIES = {  # committed tables below figures/ that a notebook reads; without them it is left out
     "05_ablations": ("{preset}/quality", "{preset}/ablations", "glyphs/quality"),
+    "06_head_to_head": ("{preset}/head_to_head",),
     "07_deploy": ("deploy",),
 }
 

@@ -65,10 +65,11 @@ class _Loop:
         self.modules = prepared(student, preset, device)
         self.student = self.modules["student"]
         self.modules["critic"] = heads.to(device).train()
-        adam = {"lr": preset.learning_rate, "fused": True, "weight_decay": 0.0}
+        heads_rate = preset.critic_learning_rate or preset.learning_rate  # constant, so that the critic keeps up
+        adam = {"fused": True, "weight_decay": 0.0}
         self.optimizers = {
-            "student_optimizer": torch.optim.AdamW(student.parameters(), betas=preset.betas, **adam),
-            "critic_optimizer": torch.optim.AdamW(heads.parameters(), betas=(0.0, preset.betas[1]), **adam),
+            "student_optimizer": torch.optim.AdamW(student.parameters(), preset.learning_rate, preset.betas, **adam),
+            "critic_optimizer": torch.optim.AdamW(heads.parameters(), heads_rate, (0.0, preset.betas[1]), **adam),
         }
 
     def enter(self, step: int) -> None:
@@ -77,10 +78,7 @@ class _Loop:
     def step(self, step: int) -> tuple[int, int, dict[str, Tensor]]:
         """One critic update, then one student update, on the same images of the student."""
         p, generator = self.preset, batch_generator(self.preset.seed, step, 1)
-        rate = self.plan.learning_rate(step)
-        critic_rate = rate * (p.critic_learning_rate or p.learning_rate) / p.learning_rate
-        for optimizer, lr in zip(self.optimizers.values(), (rate, critic_rate), strict=True):
-            optimizer.param_groups[0]["lr"] = lr
+        self.optimizers["student_optimizer"].param_groups[0]["lr"] = self.plan.learning_rate(step)
         size = p.batch_size(0) // self.mine.count
         if step < p.warm_up_steps:
             return 0, self.plan.images_seen(step), self._warm_up(step)
@@ -107,16 +105,19 @@ class _Loop:
             (on_real, condition), (on_fake, other) = (self._see(x, generator) for x in (real, fake))
         with autocast(self.preset, self.device):
             loss = losses.hinge_discriminator_loss(heads(on_real, condition, choice), heads(on_fake, other, choice))
-        penalty = losses.feature_r1_penalty(lambda x: heads(x, condition.float(), choice), on_real)
-        total = loss + p.penalty_weight * penalty
-        if p.image_penalty_weight and step % p.penalty_every == 0:
-            total = total + p.image_penalty_weight * p.penalty_every * self._image_penalty(real, choice, generator)
+        values = {}
+        if step % p.penalty_every == 0:
+            penalty = losses.feature_r1_penalty(lambda x: heads(x, condition.float(), choice), on_real)
+            weighted = p.penalty_weight * penalty
+            if p.image_penalty_weight:
+                weighted = weighted + p.image_penalty_weight * self._image_penalty(real, choice, generator)
+            loss, values = loss + p.penalty_every * weighted, {"penalty": penalty.detach()}
         optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        loss.backward()
         average_gradients(heads.parameters())
         norm = gradient_norm(heads.parameters())
         optimizer.step()
-        return {"critic_loss": total.detach(), "penalty": penalty.detach(), "critic_gradient": norm}
+        return values | {"critic_loss": loss.detach(), "critic_gradient": norm}
 
     def _image_penalty(self, real: Tensor, choice: Tensor, generator: torch.Generator) -> Tensor:
         """R1 through the feature network, of an image's mean logit, summed over the heads."""

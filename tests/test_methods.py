@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import nn
 
-from advkd import losses, run, training
+from advkd import losses, run, train_add, training
 from advkd.data import load_images, seeded_noise
 from advkd.denoiser import GAIN, Denoiser
 from advkd.features import BatchNormLocal, DinoFeatures, Head, Heads, TeacherFeatures, augmented, make_heads
@@ -442,7 +442,9 @@ def test_the_parts_of_add_can_be_left_out(tmp_path, method, store, images, parts
     assert (last.reconstruction_loss is None) == ("distillation_weight" in parts)
 
 
-def test_the_heads_have_a_rate_of_their_own_that_falls_with_the_students(tmp_path, method, store, images, monkeypatch):
+def test_the_heads_have_a_rate_of_their_own_that_does_not_fall_with_the_students(
+    tmp_path, method, store, images, monkeypatch
+):
     rates, step = {0.0: [], 0.9: []}, torch.optim.AdamW.step  # by beta 1
 
     def noted(optimizer, *args, **kwargs):
@@ -453,7 +455,28 @@ def test_the_heads_have_a_rate_of_their_own_that_falls_with_the_students(tmp_pat
     p = method("add", learning_rate=1e-4, critic_learning_rate=4e-4, decay_share=0.5, betas=(0.9, 0.99))
     finish(train_run(p, store, tmp_path, images=images, device="cpu"))
     assert rates[0.9] == pytest.approx([1e-4, 1e-4, 1e-4, 1e-4, 2e-4 / 3, 1e-4 / 3])
-    assert rates[0.0] == pytest.approx([4 * rate for rate in rates[0.9]])
+    assert rates[0.0] == [4e-4] * 6
+
+
+def test_the_critic_is_told_the_timestep_of_every_image(tmp_path, method, store, images, monkeypatch):
+    asked, told, forward = [], [], Heads.forward
+    expect = train_add.expected_image
+
+    def noted_student(student, preset, xt, t):
+        asked.append(t)
+        return expect(student, preset, xt, t)
+
+    def noted_heads(heads, features, condition=None, kind=None):
+        told.append(kind)
+        return forward(heads, features, condition, kind)
+
+    monkeypatch.setattr(train_add, "expected_image", noted_student)
+    monkeypatch.setattr(Heads, "forward", noted_heads)
+    p = method("add", steps=1)
+    finish(train_run(p, store, tmp_path, images=images, device="cpu"))
+    (t,) = asked
+    assert len(told) == 5, "real and made images, both penalties, the student's loss"
+    assert all(torch.equal(torch.tensor(p.student_timesteps)[kind], t) for kind in told)
 
 
 @pytest.mark.parametrize(
