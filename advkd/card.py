@@ -29,7 +29,7 @@ RECIPE = {
     "submodules": "submodules widths block head latent target",
     "unet": "start student_timesteps student_grid",
     "advkd": "critic critic_noise fresh_share",
-    "add": "distillation distillation_weight features feature_noise critic_learning_rate image_penalty_weight",
+    "add": "distillation distillation_weight features feature_noise critic_learning_rate image_penalty_weight simulated_share",
     "weights": "penalty penalty_weight adversarial adversarial_weight reconstruction_weight feature_weight",
 }
 MEASURED = {

@@ -43,7 +43,7 @@ class Head(nn.Module):
 
     Tokens `(b, c, n)` are mixed by circular convolutions over 9, maps `(b, c, h, w)` by 3 x 3. With `condition_size` a
     vector `(b, condition_size)`, such as the embedding of a timestep, moves the hidden channels. With several `kinds` of
-    images each kind has a logit of its own.
+    images each has a logit of its own; where no kind is named, the first counts.
     """
 
     def __init__(self, c: int, dims: int, condition_size: int = 0, width: int = 64, kinds: int = 1):

@@ -378,18 +378,20 @@ def _logarithmic(ax: Axes, axes: str = "xy") -> None:
         axis.set_minor_formatter(NullFormatter())
 
 
-def plot_methods(rows: list[dict], x: str, y: str, labels: tuple[str, str], lines: dict[str, float]) -> Figure:
-    """Rows as points in the plane of two fields, on logarithmic axes: a colour for each `method`, whose numbers of `steps`
-    are joined and named; `<field>_sd` as error bars. `lines` (name: value of y) are drawn across."""
+def plot_methods(
+    rows: list[dict], x: str, y: str, labels: tuple[str, str], lines: dict[str, float], named: str = "steps"
+) -> Figure:
+    """Rows as points in the plane of two fields, on logarithmic axes: a colour for each `method`, whose points are joined and
+    say their field `named` where there are several; `<field>_sd` as error bars. `lines` (name: value of y) are drawn across."""
     figure, ax = plt.subplots(figsize=(7.5, 4.4))
     methods = list(dict.fromkeys(row["method"] for row in rows))
     for place, (method, colour) in enumerate(zip(methods, sns.color_palette("husl", len(methods)), strict=True)):
-        of = sorted((row for row in rows if row["method"] == method), key=lambda row: row["steps"])
+        of = sorted((row for row in rows if row["method"] == method), key=lambda row: row[named])
         style = {"fmt": "os^Dv"[place % 5] + "-", "color": colour, "ms": 6, "lw": 1, "capsize": 2, "label": method}
         bars = [[row.get(f"{field}_sd") or 0 for row in of] for field in (x, y)]
         ax.errorbar([row[x] for row in of], [row[y] for row in of], xerr=bars[0], yerr=bars[1], **style)
         for row in of if len(of) > 1 else []:
-            ax.annotate(row["steps"], (row[x], row[y]), (4, 4), textcoords="offset points", fontsize=7, color=colour)
+            ax.annotate(row[named], (row[x], row[y]), (4, 4), textcoords="offset points", fontsize=7, color=colour)
     for (name, value), dashes in zip(lines.items(), (":", "--", "-."), strict=False):
         ax.axhline(value, color=INK, ls=dashes, lw=1, zorder=0, label=name)
     ax.set(xlabel=labels[0], ylabel=labels[1])

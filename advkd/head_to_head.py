@@ -40,8 +40,8 @@ CONTESTANTS = {
 TEACHERS = {"teacher, DDIM": "ddim", "teacher, DPM-Solver++": "dpm-solver"}
 TEACHER_STEPS = (1, 2, 4, 8, 16, 50)
 BUDGETS = (1, 4)  # times the improved recipe's training
-# Steps that take as long as the improved recipe's training on one thread of the machine that the rows were made on; the
-# rows' `train_seconds` say how nearly.
+# Steps that take as long as the improved recipe's training on one thread of one machine; the rows' `cpu_seconds` say how
+# nearly.
 STEPS = {
     "digits": {
         "ADD": 820,
@@ -80,6 +80,7 @@ SHOWN = {
     "seed": "seed",
     "parameters": "parameters",
     "train_seconds": "training, s",
+    "cpu_seconds": "CPU-s",
     "teacher_evaluations": "teacher's evaluations",
     "ms_per_image": "ms per image",
     "peak_memory_mb": "peak MB",
@@ -90,26 +91,15 @@ SHOWN = {
     "recall": "recall",
     "pull_to_train": "nearer to train",
 }
-
 SUMMARY = {  # of means over seeds
-    "method": "method",
-    "budget": "budget",
-    "steps": "steps",
+    **{field: SHOWN[field] for field in ("method", "budget", "steps")},
     "seeds": "seeds",
-    "parameters": "parameters",
-    "train_seconds": "training, s",
-    "teacher_evaluations": "teacher's evaluations",
-    "ms_per_image": "ms per image",
-    "peak_memory_mb": "peak MB",
-    "fd_train": "FD, train",
+    **{field: SHOWN[field] for field in ("parameters", "cpu_seconds", "teacher_evaluations", "ms_per_image")},
+    **{field: SHOWN[field] for field in ("peak_memory_mb", "fd_train")},
     "fd_train_sd": "±",
-    "fd_heldout": "FD, held out",
-    "fd_unseen": "unseen space, train",
-    "kid_train": "KID",
-    "precision": "precision",
-    "recall": "recall",
+    **{field: SHOWN[field] for field in ("fd_heldout", "kid_train", "precision", "recall")},
     "recall_sd": "±",
-    "pull_to_train": "nearer to train",
+    "pull_to_train": SHOWN["pull_to_train"],
 }
 
 
@@ -176,18 +166,19 @@ def compare(judge: Judge, chosen: list[Job], workers: int = 1) -> Iterator[tuple
 def compare_teacher(judge: Judge, preset: Preset) -> Iterator[tuple[dict, Tensor | None]]:
     """The rows of the teacher, of each sampler with each number of steps, and of each sampling seed; with the first seed's
     first images. What is finished is only read."""
+    cost = sampling_cost(preset.name, "unet")
     for method in TEACHERS:
         for steps in TEACHER_STEPS:
             for seed in SAMPLING_SEEDS:
                 row, images = compare_sampler(judge, preset, method, steps, seed)
-                yield row, images if seed == SAMPLING_SEEDS[0] else None
+                yield row | _times(cost, steps), images if seed == SAMPLING_SEEDS[0] else None
 
 
 def compare_sampler(judge: Judge, preset: Preset, method: str, steps: int, seed: int) -> tuple[dict, Tensor]:
-    """One of them: the row of a method of `TEACHERS`, and its first images."""
+    """The row, without times, of the teacher with a method of `TEACHERS` and a sampling seed, and its first images."""
     images = teacher_images(judge.teacher, preset, TEACHERS[method], steps, seed, IMAGES)
     row = teacher_row(judge.teacher, TEACHERS[method], steps) | {"method": method, "seed": seed, "images": IMAGES}
-    return row | judge.measure(images) | _times(sampling_cost(preset.name, "unet"), steps), images[:KEPT]
+    return row | judge.measure(images), images[:KEPT]
 
 
 def teacher_evaluations(preset: Preset) -> int:
@@ -253,7 +244,7 @@ def comparison_protocol(judge: Judge) -> dict:
     return judge_protocol(judge, IMAGES, list(SAMPLING_SEEDS)) | {
         "seed": "students: of the training, sampled with the first sampling seed; teacher: of the sampling",
         "training_seeds": list(TRAINING_SEEDS),
-        "budget": "times the steps that take as long as the improved recipe's training on one thread; see `train_seconds`",
+        "budget": "times the steps that take as long as the improved recipe's training on one thread; see `cpu_seconds`",
         "train_seconds": "wall clock on the row's `threads`, beside another training; `cpu_seconds`: of all threads; no trajectories",
         "teacher_evaluations": "before the training, for its trajectories: images x sampler steps",
         "peak_memory_mb": f"a batch of {MEMORY_BATCH}: resident memory over that before the student was made",

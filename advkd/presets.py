@@ -84,9 +84,12 @@ class Preset:
     distillation: Literal["exponential", "sds"] = "exponential"  # its weighting of the timesteps
     warm_up_steps: int = 0  # of ADD: pair regression first
     features: str = ""  # a DINOv2 for ADD's critic, a folder or a hub id, in place of the teacher's features
-    critic_learning_rate: float = 0.0  # of ADD's heads, constant; 0: what the student begins with
+    critic_learning_rate: float = 0.0  # of ADD's heads at first, falls with the student's; 0: the same
     feature_noise: tuple[float, ...] = (0.0, 1.0)  # mean and sd of log(sigma / alpha) of what ADD's critic is shown
     image_penalty_weight: float = 0.0  # of R1 on the images that ADD's critic is shown, lazy too
+    simulated_share: float = (
+        0.0  # share of ADD's inputs that begin as images of the student's own chain, not as real ones
+    )
 
     def __post_init__(self):
         check(self)
@@ -187,7 +190,7 @@ def check(p: Preset) -> None:
         raise UserError(f"images is {p.images!r}, but preset {p.name!r} has images of its own: images=''")
     if p.data == "digits" and p.channels != 1:
         raise UserError(f"channels is {p.channels}, but the digits are grey: channels=1")
-    for field in ("real_share", "fresh_share", "decay_share", "ema"):
+    for field in ("real_share", "fresh_share", "simulated_share", "decay_share", "ema"):
         if not 0 <= getattr(p, field) <= 1:
             raise UserError(f"{field} is {getattr(p, field)}, but must lie in [0, 1]")
     if not p.batch_sizes or min(p.batch_sizes) < 2:
@@ -286,11 +289,9 @@ def _check_method(p: Preset) -> None:
             f"critic_learning_rate is {p.critic_learning_rate:g}, but method {p.method!r} has one learning_rate for all: "
             "critic_learning_rate=0"
         )
-    if p.image_penalty_weight and p.method != "add":
-        raise UserError(
-            f"image_penalty_weight is {p.image_penalty_weight:g}, but method {p.method!r} has no such penalty: "
-            "image_penalty_weight=0"
-        )
+    for field in ("image_penalty_weight", "simulated_share"):
+        if getattr(p, field) and p.method != "add":
+            raise UserError(f"{field} is {getattr(p, field):g}, but method {p.method!r} has no such thing: {field}=0")
     if p.features and p.method != "add":
         raise UserError(f"features is {p.features!r}, but method {p.method!r} has no critic on features: features=''")
     if p.method == "advkd" and p.architecture == "unet":

@@ -18,10 +18,10 @@ from advkd.certificate import certify
 from advkd.presets import ASSETS, UserError, load_preset
 
 NOTEBOOKS = ("01_teacher", "02_submodules", "03_train", "04_evaluate", "05_ablations", "06_head_to_head", "07_deploy")
-STUDIES = {  # committed tables below figures/ that a notebook reads; without them it is left out
-    "05_ablations": ("{preset}/quality", "{preset}/ablations", "glyphs/quality"),
-    "06_head_to_head": ("{preset}/head_to_head",),
-    "07_deploy": ("deploy",),
+STUDIES = {  # committed files below figures/ that a notebook reads; without them it is left out
+    "05_ablations": ("{preset}/quality.json", "{preset}/ablations.json", "glyphs/quality.json"),
+    "06_head_to_head": ("{preset}/head_to_head.json", "{preset}/head_to_head.safetensors"),
+    "07_deploy": ("deploy.json",),
 }
 
 
@@ -58,7 +58,7 @@ def _reproduce(root: Path, preset: str, parameters: dict[str, str], declared: di
             k: _typed(k, v, declared[name][k]) for k, v in parameters.items() if k in declared[name]
         }
         source = root / "notebooks" / f"{name}.ipynb"
-        studies = [root / "figures" / f"{t.format(preset=preset)}.json" for t in STUDIES.get(name, ())]
+        studies = [root / "figures" / t.format(preset=preset) for t in STUDIES.get(name, ())]
         if missing := [path for path in studies if not path.exists()]:
             rows.append((name, 0.0, f"left out: no {missing[0].relative_to(root)}", []))
             continue

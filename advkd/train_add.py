@@ -1,6 +1,7 @@
 """Adversarial diffusion distillation (ADD): a few-step student between a critic on frozen features and its teacher."""
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from advkd.training import (
 )
 from advkd.trajectories import TrajectoryStore
 
+HEADS_BETAS = 0.0, 0.999
 SAFE_TIMESTEPS = 20, 980  # of the teacher; at the ends it says noise, or nothing new
 
 
@@ -46,8 +48,8 @@ def train_add(
 ) -> Iterator[TrainRecord]:
     """Train `student` by ADD's loss, adversarial + `preset.distillation_weight` x score distillation (ADD, equation 1).
 
-    `features(images, eps, z)` are those of a frozen network with their condition, `heads` the critic on them. `images` are
-    real ones `(n, c, h, w)` in [-1, 1]; without them the last states of the trajectories stand in. The first
+    `features(images, eps, z)` are those of a frozen network with their condition, `heads` the critic on them, with a logit
+    for each of the student's timesteps. `images` are real ones `(n, c, h, w)` in [-1, 1]; without them the last states of the trajectories stand in. The first
     `preset.warm_up_steps` are pair regression on the trajectories, for a student that inherits no weights. Everything else is
     as in `train_advkd`.
     """
@@ -65,11 +67,10 @@ class _Loop:
         self.modules = prepared(student, preset, device)
         self.student = self.modules["student"]
         self.modules["critic"] = heads.to(device).train()
-        heads_rate = preset.critic_learning_rate or preset.learning_rate  # constant, so that the critic keeps up
-        adam = {"fused": True, "weight_decay": 0.0}
+        adam = {"lr": preset.learning_rate, "fused": True, "weight_decay": 0.0}
         self.optimizers = {
-            "student_optimizer": torch.optim.AdamW(student.parameters(), preset.learning_rate, preset.betas, **adam),
-            "critic_optimizer": torch.optim.AdamW(heads.parameters(), heads_rate, (0.0, preset.betas[1]), **adam),
+            "student_optimizer": torch.optim.AdamW(student.parameters(), betas=preset.betas, **adam),
+            "critic_optimizer": torch.optim.AdamW(heads.parameters(), betas=HEADS_BETAS, **adam),
         }
 
     def enter(self, step: int) -> None:
@@ -78,7 +79,10 @@ class _Loop:
     def step(self, step: int) -> tuple[int, int, dict[str, Tensor]]:
         """One critic update, then one student update, on the same images of the student."""
         p, generator = self.preset, batch_generator(self.preset.seed, step, 1)
-        self.optimizers["student_optimizer"].param_groups[0]["lr"] = self.plan.learning_rate(step)
+        rate = self.plan.learning_rate(step)
+        critic_rate = rate * (p.critic_learning_rate or p.learning_rate) / p.learning_rate
+        for optimizer, lr in zip(self.optimizers.values(), (rate, critic_rate), strict=True):
+            optimizer.param_groups[0]["lr"] = lr
         size = p.batch_size(0) // self.mine.count
         if step < p.warm_up_steps:
             return 0, self.plan.images_seen(step), self._warm_up(step)
@@ -87,12 +91,32 @@ class _Loop:
         choice = self.mine.of(torch.randint(len(p.student_timesteps), (size * self.mine.count,), generator=generator))
         choice = choice.to(self.device)
         t = torch.tensor(p.student_timesteps, device=self.device)[choice]
+        if p.simulated_share:
+            real = self._simulated(real, t, generator)
         with autocast(p, self.device):
             fake = expected_image(self.student, p, self.teacher.noised(real, eps, t), t)
         values = {}
         if p.adversarial_weight:
             values |= self._train_critic(self.data.real(generator), fake.detach(), choice, generator, step)
         return 0, self.plan.images_seen(step), values | self._train_student(fake, choice, generator)
+
+    @torch.no_grad()
+    def _simulated(self, real: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
+        """Real images, but of `preset.simulated_share` what the student itself has made of noise when sampling comes to t (as
+        DMD2 trains its students of several steps, Yin et al. 2024, section 4.5)."""
+        p, images = self.preset, real.clone()
+        times = sorted(p.student_timesteps, reverse=True)
+        count = len(real) * self.mine.count
+        chosen = self.mine.of(torch.rand(count, generator=generator) < p.simulated_share).to(self.device)
+        xt = self.mine.randn(generator, *real.shape)
+        for now, following in pairwise(times):
+            eps = self.mine.randn(generator, *real.shape)
+            (going,) = torch.nonzero(chosen & (t < now), as_tuple=True)
+            at = torch.full((len(going),), now, device=self.device)
+            with autocast(p, self.device):
+                images[going] = expected_image(self.student, p, xt[going], at).clamp(-1, 1)
+            xt[going] = self.teacher.noised(images[going], eps[going], torch.full_like(at, following))
+        return images
 
     def _see(self, images: Tensor, generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
         eps, z = (self.mine.randn(generator, *shape) for shape in (images.shape, (len(images), 8)))
@@ -110,7 +134,8 @@ class _Loop:
             penalty = losses.feature_r1_penalty(lambda x: heads(x, condition.float(), choice), on_real)
             weighted = p.penalty_weight * penalty
             if p.image_penalty_weight:
-                weighted = weighted + p.image_penalty_weight * self._image_penalty(real, choice, generator)
+                penalty = self._image_penalty(real, choice, generator)
+                weighted = weighted + p.image_penalty_weight * penalty
             loss, values = loss + p.penalty_every * weighted, {"penalty": penalty.detach()}
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -120,14 +145,14 @@ class _Loop:
         return values | {"critic_loss": loss.detach(), "critic_gradient": norm}
 
     def _image_penalty(self, real: Tensor, choice: Tensor, generator: torch.Generator) -> Tensor:
-        """R1 through the feature network, of an image's mean logit, summed over the heads."""
+        """R1 with respect to the images, through the features, of the sum over the heads of an image's mean logit."""
         eps, z = (self.mine.randn(generator, *shape) for shape in (real.shape, (len(real), 8)))
 
         def critic(images: Tensor) -> Tensor:
             seen, condition = self.features(images, eps, z)
             return sum(logits.mean(1) for logits in self.modules["critic"](seen, condition, choice))
 
-        with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
             return losses.r1_penalty(critic, real)
 
     def _train_student(self, fake: Tensor, choice: Tensor, generator: torch.Generator) -> dict[str, Tensor]:

@@ -442,12 +442,11 @@ def test_the_parts_of_add_can_be_left_out(tmp_path, method, store, images, parts
     assert (last.reconstruction_loss is None) == ("distillation_weight" in parts)
 
 
-def test_the_heads_have_a_rate_of_their_own_that_does_not_fall_with_the_students(
-    tmp_path, method, store, images, monkeypatch
-):
+def test_the_heads_have_a_rate_of_their_own_that_falls_with_the_students(tmp_path, method, store, images, monkeypatch):
     rates, step = {0.0: [], 0.9: []}, torch.optim.AdamW.step  # by beta 1
 
     def noted(optimizer, *args, **kwargs):
+        assert optimizer.defaults["betas"] in (train_add.HEADS_BETAS, (0.9, 0.99))
         rates[optimizer.defaults["betas"][0]].append(optimizer.param_groups[0]["lr"])
         return step(optimizer, *args, **kwargs)
 
@@ -455,7 +454,7 @@ def test_the_heads_have_a_rate_of_their_own_that_does_not_fall_with_the_students
     p = method("add", learning_rate=1e-4, critic_learning_rate=4e-4, decay_share=0.5, betas=(0.9, 0.99))
     finish(train_run(p, store, tmp_path, images=images, device="cpu"))
     assert rates[0.9] == pytest.approx([1e-4, 1e-4, 1e-4, 1e-4, 2e-4 / 3, 1e-4 / 3])
-    assert rates[0.0] == [4e-4] * 6
+    assert rates[0.0] == pytest.approx([4 * rate for rate in rates[0.9]])
 
 
 def test_the_critic_is_told_the_timestep_of_every_image(tmp_path, method, store, images, monkeypatch):
@@ -479,6 +478,41 @@ def test_the_critic_is_told_the_timestep_of_every_image(tmp_path, method, store,
     assert all(torch.equal(torch.tensor(p.student_timesteps)[kind], t) for kind in told)
 
 
+def test_the_student_is_trained_on_its_own_chain_as_it_is_sampled(tmp_path, method, store, images, monkeypatch):
+    made, expect, noised = [], train_add.expected_image, Denoiser.noised
+    begun = []
+
+    def noted(student, preset, xt, t):
+        made.append((t, expect(student, preset, xt, t)))
+        return made[-1][1]
+
+    monkeypatch.setattr(train_add, "expected_image", noted)
+    monkeypatch.setattr(Denoiser, "noised", lambda self, x0, eps, t: begun.append(x0) or noised(self, x0, eps, t))
+    p = method("add", steps=1, batch_sizes=(32,), simulated_share=1.0, adversarial_weight=0.0)
+    finish(train_run(p, store, tmp_path, images=images, device="cpu"))
+    *chain, (t, last) = made
+    assert [(x.unique().tolist(), len(x)) for x, _ in chain] == [
+        ([now], int((t < now).sum())) for now in (999, 749, 499)
+    ]
+    assert last.requires_grad and not any(image.requires_grad for _, image in chain)
+    shown = begun[3]  # what is noised for the student, after the chain's three
+    for (now, image), end in zip(chain, (749, 499, 249), strict=True):  # the chain of those at `end` ends there
+        ended = t[t < now[0]] == end
+        torch.testing.assert_close(shown[t == end], image[ended].clamp(-1, 1))
+    real = images.flatten(1)
+    assert all((x == real).all(1).any() for x in shown[t == 999].flatten(1)), "noise alone begins with real images"
+
+
+def test_penalties_of_add_are_lazy(tmp_path, method, store, images, monkeypatch):
+    p = method("add", steps=3, penalty_every=2, penalty_weight=0.5, train_dtype="float32", image_penalty_weight=0.0)
+    first, second, third = train_run(p, store, tmp_path / "with", images=images, device="cpu")
+    assert second.penalty is None and first.penalty > 0 and third.penalty > 0
+    (without,) = train_run(
+        p.replace(penalty_weight=0.0, steps=1), store, tmp_path / "without", images=images, device="cpu"
+    )
+    assert first.critic_loss == pytest.approx(without.critic_loss + 2 * 0.5 * first.penalty, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("recipe", "fields", "message"),
     [
@@ -486,8 +520,10 @@ def test_the_critic_is_told_the_timestep_of_every_image(tmp_path, method, store,
         (
             "improved",
             {"image_penalty_weight": 1.0},
-            "image_penalty_weight is 1, but method 'advkd' has no such penalty",
+            "image_penalty_weight is 1, but method 'advkd' has no such thing",
         ),
+        ("dmd", {"simulated_share": 0.5}, "simulated_share is 0.5, but method 'dmd' has no such thing"),
+        ("add", {"simulated_share": 1.5}, r"simulated_share is 1.5, but must lie in \[0, 1\]"),
         ("add", {"image_penalty_weight": -1.0}, "image_penalty_weight is -1.0, but must not be negative"),
         ("add", {"critic_learning_rate": -1e-3}, "critic_learning_rate is -0.001, but must not be negative"),
         ("improved", {"architecture": "unet"}, "architecture is 'unet', but Adv-KD trains submodules"),

@@ -455,6 +455,9 @@ def test_a_methods_steps_are_joined_and_named():
     assert [text.get_text() for text in ax.texts] == ["1", "2", "4"], "a method of one step needs no number"
     assert ax.containers[0][0].get_xydata().tolist() == [[10, 4], [20, 2], [40, 1]]
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["floor", "ADD", "DMD"]
+    rows = [{"method": "ADD", "steps": 1, "budget": n, "ms": 10 * n, "fd": 4 / n} for n in (4, 1)]
+    (ax,) = figures.plot_methods(rows, "ms", "fd", ("ms", "distance"), {}, named="budget").axes
+    assert [text.get_text() for text in ax.texts] == ["1", "4"]
     plt.close("all")
 
 

@@ -59,7 +59,7 @@ def test_it_ends_with_a_certificate_but_for_parameters_of_ones_own(project, caps
 
 
 def test_a_notebook_reads_its_studies_or_is_left_out(project, monkeypatch, capsys):
-    monkeypatch.setattr(reproduce, "STUDIES", {"b": ("{preset}/quality",)})
+    monkeypatch.setattr(reproduce, "STUDIES", {"b": ("{preset}/quality.json",)})
     assert reproduce.reproduce("digits", {}) == 0
     assert "left out: no figures/digits/quality.json" in capsys.readouterr().out
     for rows in ("[1]", "[1, 2]"):  # a changed study is read again
