@@ -385,7 +385,10 @@ def plot_methods(
     say their field `named` where there are several; `<field>_sd` as error bars. `lines` (name: value of y) are drawn across."""
     figure, ax = plt.subplots(figsize=(7.5, 4.4))
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    for place, (method, colour) in enumerate(zip(methods, sns.color_palette("husl", len(methods)), strict=True)):
+    trained = [method for method in methods if not method.startswith("teacher")]
+    colours = dict(zip(trained, sns.color_palette("husl", len(trained)), strict=True))
+    for place, method in enumerate(methods):
+        colour = colours.get(method, TEACHER)
         of = sorted((row for row in rows if row["method"] == method), key=lambda row: row[named])
         style = {"fmt": "os^Dv"[place % 5] + "-", "color": colour, "ms": 6, "lw": 1, "capsize": 2, "label": method}
         bars = [[row.get(f"{field}_sd") or 0 for row in of] for field in (x, y)]
