@@ -123,11 +123,12 @@ Markdown(markdown(layers, {name: name for name in layers[0]}))
 
 # %% [markdown]
 # Not in the paper, and what mattered most in some sixty short runs on the digits (training seed 0, by the distance to the train split;
-# those runs are not kept, so take it for how the recipe came about and not for a result):
+# those runs are not kept, many were ended early, and changes were not always made one at a time; so take it for how the recipe came
+# about and not for a result):
 #
-# - **A logit for every timestep of the student.** The critic sees images of all four timesteps. When it cannot say which is
-#   which, it can be satisfied in the mean: images too clean and too alike at $t = 249$ made up for those too messy at $t = 999$, and
-#   four steps were worse than two.
+# - **A logit for every timestep of the student.** The critic sees images of all four timesteps. Where it cannot say which is
+#   which, it may be satisfied in the mean: images too clean and too alike at $t = 249$ could make up for those too messy at $t = 999$.
+#   That is a guess. With a logit for each, one step came nearer and recall in four rose; four steps did not become better than two.
 # - **R1 on the images too** (weight 1, every fourth step), through the frozen features. Without it recall fell as training went on.
 # - **Fast heads**: a learning rate of $3 \cdot 10^{-3}$ against the student's $2 \cdot 10^{-4}$; Adam's $\beta_1 = 0$ for both.
 # - $\lambda = 0.5$ on the mean over an image's numbers; the paper has 2.5, on a scale of its own.
@@ -212,8 +213,8 @@ fields = (
 Markdown(markdown(parts, {field: SUMMARY[field] for field in fields}))
 
 # %% [markdown]
-# - **Distillation alone collapses** into a few images: recall is zero, while each image is typical. What it descends along is a
-#   distance to the nearest mode of the teacher's distribution. In ADD a text says which image is meant; an unconditional teacher has
+# - **Distillation alone collapses** into nearly one image: recall is zero, while each image is typical. It seems to pull towards the
+#   nearest mode of the teacher's distribution. In ADD a text says which image is meant; an unconditional teacher has
 #   nothing to say, and every student's image may become the same.
 # - So here **the adversarial part alone** does as well as both (one seed), in four steps a little better. That is not what ADD's
 #   ablation found for images from text, and the above is the likely reason.
