@@ -508,8 +508,9 @@ def quality(name: str, paper_epochs: float, chosen: tuple[str, ...], workers: in
 @click.option(
     "--budget", "budgets", type=float, multiple=True, help="Only this budget, in trainings of the improved recipe."
 )
+@click.option("--seed", "seeds", type=int, multiple=True, help="Only this training seed.")
 @WORKERS
-def compare(name: str, methods: tuple[str, ...], budgets: tuple[float, ...], workers: int):
+def compare(name: str, methods: tuple[str, ...], budgets: tuple[float, ...], seeds: tuple[int, ...], workers: int):
     """Train and measure all methods side by side in figures/PRESET/head_to_head.json (hours from nothing; resumable)."""
     from advkd.figures import check_table, keep_row
     from advkd.head_to_head import (
@@ -523,12 +524,23 @@ def compare(name: str, methods: tuple[str, ...], budgets: tuple[float, ...], wor
         keep_images,
     )
     from advkd.head_to_head import compare as run
-    from advkd.quality import Judge
+    from advkd.quality import TRAINING_SEEDS, Judge
 
-    for what, given, known in (("method", methods, (*CONTESTANTS, "teacher")), ("budget", budgets, BUDGETS)):
+    asked = {
+        "method": (methods, (*CONTESTANTS, "teacher")),
+        "budget": (budgets, BUDGETS),
+        "seed": (seeds, TRAINING_SEEDS),
+    }
+    for what, (given, known) in asked.items():
         if unknown := [x for x in given if x not in known]:
             raise UserError(f"there is no {what} {unknown[0]!r}; {what}s: {', '.join(map(str, known))}")
-    chosen = [j for j in jobs(name) if (not methods or j.method in methods) and (not budgets or j.budget in budgets)]
+    chosen = [
+        job
+        for job in jobs(name)
+        if (job.method in methods or not methods)
+        and (job.budget in budgets or not budgets)
+        and (job.preset.seed in seeds or not seeds)
+    ]
     judge, failed = Judge(load_preset(name)), 0
     check_table(f"figures/{name}", "head_to_head")
 

@@ -27,7 +27,7 @@ HUB = "hf:"  # images of the hub
 RECIPE = {
     "all": "recipe method schedule steps epochs batch_sizes learning_rate betas decay_share ema train_dtype seed",
     "submodules": "submodules widths block head latent target",
-    "unet": "start student_timesteps student_grid",
+    "unet": "start student_timesteps student_grid gain_limit",
     "advkd": "critic critic_noise fresh_share",
     "add": "distillation distillation_weight features feature_noise critic_learning_rate image_penalty_weight simulated_share",
     "weights": "penalty penalty_weight adversarial adversarial_weight reconstruction_weight feature_weight",

@@ -43,7 +43,7 @@ class Head(nn.Module):
 
     Tokens `(b, c, n)` are mixed by circular convolutions over 9, maps `(b, c, h, w)` by 3 x 3. With `condition_size` a
     vector `(b, condition_size)`, such as the embedding of a timestep, moves the hidden channels. With several `kinds` of
-    images each has a logit of its own; where no kind is named, the first counts.
+    images each has a logit of its own; where no kind is named, all are given, `(b, kinds n)`.
     """
 
     def __init__(self, c: int, dims: int, condition_size: int = 0, width: int = 64, kinds: int = 1):
@@ -65,8 +65,8 @@ class Head(nn.Module):
         if self.condition is not None:
             x = x + self.condition(condition).view(len(x), -1, *[1] * (x.ndim - 2))
         x = self.normalise(x)
-        logits = self.leave((x + self.mix(x)) / 2**0.5).flatten(2)
-        return logits[:, 0] if kind is None else logits[torch.arange(len(x), device=x.device), kind]
+        logits = self.leave((x + self.mix(x)) / 2**0.5).flatten(2).float()  # losses are not for bfloat16
+        return logits.flatten(1) if kind is None else logits[torch.arange(len(x), device=x.device), kind]
 
 
 class Heads(nn.Module):

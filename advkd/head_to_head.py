@@ -1,25 +1,28 @@
 """Adv-KD beside other methods under one protocol: one-step and few-step students of one teacher, at equal compute."""
 
 import multiprocessing
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from advkd.benchmark import memory_mb
-from advkd.data import to_uint8
+from advkd.data import load_images, to_uint8
 from advkd.evaluation import sample_student, student_latency_ms, student_row, teacher_row
 from advkd.figures import figures_folder
-from advkd.files import locked, write_atomic
+from advkd.files import locked, read_object, write_atomic, write_json
 from advkd.presets import Preset, UserError, load_preset
 from advkd.quality import IMAGES, SAMPLING_SEEDS, TRAINING_SEEDS, Judge, judge_protocol, score, teacher_images
-from advkd.run import load_run, new_pipeline, train_side_by_side
+from advkd.run import load_run, new_pipeline, train_run, train_side_by_side
 from advkd.teacher import load_teacher
+from advkd.trajectories import generate_trajectories, trajectory_dir
 
 # What is compared: the recipe, the fields that differ from it, and the numbers of steps that the student is sampled in.
 # The submodules have the improved recipe's learning rate, and need a warm-up where others inherit weights.
@@ -40,15 +43,14 @@ CONTESTANTS = {
 TEACHERS = {"teacher, DDIM": "ddim", "teacher, DPM-Solver++": "dpm-solver"}
 TEACHER_STEPS = (1, 2, 4, 8, 16, 50)
 BUDGETS = (1, 4)  # times the improved recipe's training
-# Steps that take as long as the improved recipe's training on one thread of one machine; the rows' `cpu_seconds` say how
-# nearly.
+# Steps that take as long as the improved recipe's training on one thread of one machine; the rows' `compute` says how nearly.
 STEPS = {
     "digits": {
-        "ADD": 820,
-        "ADD, adversarial alone": 930,
-        "ADD, distillation alone": 1730,
-        "ADD, random start": 820,
-        "ADD, submodules": 1190,
+        "ADD": 720,
+        "ADD, adversarial alone": 870,
+        "ADD, distillation alone": 1320,
+        "ADD, random start": 720,
+        "ADD, submodules": 1400,
         "regression": 2300,
         "regression, submodules": 4700,
         "progressive distillation": 1340,
@@ -59,6 +61,7 @@ STEPS = {
 WARM_UP = 0.25  # share of ADD's steps with our submodules, which inherit no weights
 SCORE = "head_to_head-{steps}.json"
 MEMORY_BATCH = 64
+TIMED_STEPS = 32  # after the first eight; whole turns of lazy penalties, also where a quarter is warm-up
 KEPT = 36  # images of each row's first seed that are committed, for grids and for votes
 # What papers report of one step; parameters where they, or the paper of the network that they use, give them.
 PUBLISHED = [
@@ -79,8 +82,10 @@ SHOWN = {
     "steps": "steps",
     "seed": "seed",
     "parameters": "parameters",
+    "compute": "training compute",
+    "device": "trained on",
+    "dtype": "dtype",
     "train_seconds": "training, s",
-    "cpu_seconds": "CPU-s",
     "teacher_evaluations": "teacher's evaluations",
     "ms_per_image": "ms per image",
     "peak_memory_mb": "peak MB",
@@ -94,7 +99,7 @@ SHOWN = {
 SUMMARY = {  # of means over seeds
     **{field: SHOWN[field] for field in ("method", "budget", "steps")},
     "seeds": "seeds",
-    **{field: SHOWN[field] for field in ("parameters", "cpu_seconds", "teacher_evaluations", "ms_per_image")},
+    **{field: SHOWN[field] for field in ("parameters", "compute", "teacher_evaluations", "ms_per_image")},
     **{field: SHOWN[field] for field in ("peak_memory_mb", "fd_train")},
     "fd_train_sd": "±",
     **{field: SHOWN[field] for field in ("fd_heldout", "kid_train", "precision", "recall")},
@@ -142,10 +147,11 @@ def compare(judge: Judge, chosen: list[Job], workers: int = 1) -> Iterator[tuple
     What is finished is only read."""
     wanted = {job.preset: job for job in chosen}
     costs = {p.architecture: sampling_cost(p.name, p.architecture) for p in wanted}  # before anything else is busy
+    computes = {p: relative_compute(p) for p in wanted}
     for preset, folder, error in train_side_by_side(list(wanted), workers):
         method, budget = wanted[preset].method, wanted[preset].budget
         about = {"method": method, "budget": budget, "seed": preset.seed, "preset_hash": preset.config_hash}
-        about["teacher_evaluations"] = teacher_evaluations(preset)
+        about |= {"teacher_evaluations": teacher_evaluations(preset), "compute": computes[preset]}
         for steps in CONTESTANTS[method][2]:
             row = student_row(new_pipeline(preset, judge.teacher), preset.recipe, steps) | about
             if error:
@@ -185,6 +191,40 @@ def teacher_evaluations(preset: Preset) -> int:
     """How often the teacher is asked for the trajectories that a training needs, before it begins."""
     needed = preset.method in ("advkd", "regression") or preset.warm_up_steps or not preset.real_share
     return preset.trajectories * preset.sampler_steps if needed else 0
+
+
+def relative_compute(preset: Preset) -> float:
+    """CPU-seconds that a training takes, in those of the improved recipe's."""
+    return _cpu_seconds(preset) / _cpu_seconds(load_preset(preset.name))
+
+
+def _cpu_seconds(preset: Preset) -> float:
+    timed = {"steps": TIMED_STEPS + 9, "train_dtype": "float32", "seed": 0, "trajectories": max(preset.batch_sizes)}
+    if preset.warm_up_steps:  # the share of it that is timed is that of the whole
+        timed["warm_up_steps"] = 8 + round(TIMED_STEPS * preset.warm_up_steps / preset.steps)
+    return preset.steps * _step_seconds(preset.replace(**timed))
+
+
+@cache
+def _step_seconds(preset: Preset) -> float:
+    """Measured once on a machine, in a process of its own, and kept below `runs/`."""
+    path = Path("runs") / preset.name / f"step-{preset.config_hash}.json"
+    if not path.exists():
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            write_json(path, {"cpu_seconds": pool.submit(_measure_step, preset).result()})
+    return read_object(path, "remove it, and it is measured again")["cpu_seconds"]
+
+
+def _measure_step(preset: Preset) -> float:
+    """CPU-seconds of a step on one thread, without the first, which are slower, and the last, which writes a checkpoint."""
+    torch.set_num_threads(1)
+    with TemporaryDirectory() as folder:
+        teacher, runs = load_teacher(preset), Path(folder)
+        store = generate_trajectories(teacher, preset, runs / trajectory_dir(teacher, preset).name, progress=False)
+        images = load_images(preset, "train")[0] if preset.real_share else None
+        training = train_run(preset, store, runs / "run", images=images, device="cpu", progress=False)
+        clock = {record.step: time.process_time() for record in training}
+    return (clock[preset.steps - 1] - clock[8]) / TIMED_STEPS
 
 
 @cache
@@ -244,8 +284,10 @@ def comparison_protocol(judge: Judge) -> dict:
     return judge_protocol(judge, IMAGES, list(SAMPLING_SEEDS)) | {
         "seed": "students: of the training, sampled with the first sampling seed; teacher: of the sampling",
         "training_seeds": list(TRAINING_SEEDS),
-        "budget": "times the steps that take as long as the improved recipe's training on one thread; see `cpu_seconds`",
-        "train_seconds": "wall clock on the row's `threads`, beside another training; `cpu_seconds`: of all threads; no trajectories",
+        "budget": "times the steps that take as long as the improved recipe's training on one thread; see `compute`",
+        "compute": f"CPU-seconds in those of the improved recipe's training: its steps times those of one, the mean of "
+        f"{TIMED_STEPS} in float32 on one thread, apart from the row's training; no trajectories",
+        "train_seconds": "wall clock on the row's `device` and `threads`, which differ, beside another training; no trajectories",
         "teacher_evaluations": "before the training, for its trajectories: images x sampler steps",
         "peak_memory_mb": f"a batch of {MEMORY_BATCH}: resident memory over that before the student was made",
     }

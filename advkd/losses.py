@@ -10,7 +10,7 @@ from advkd.devices import all_mean, batch_softmax
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Logistic loss of the critic, E softplus(-D(real)) + E softplus(D(fake)), of logits `(b,)`."""
+    """Logistic loss of the critic, E softplus(-D(real)) + E softplus(D(fake)), of logits of any shape."""
     return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
 
 

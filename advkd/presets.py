@@ -60,7 +60,7 @@ class Preset:
     steps: int  # joint: optimizer steps
     batch_sizes: tuple[int, ...]  # one for every stage, or one for all
     fresh_share: float  # share of each batch that are fresh latents without a trajectory
-    adversarial: Literal["non-saturating", "forward-kl"]  # the student's adversarial loss
+    adversarial: Literal["non-saturating", "forward-kl", "hinge"]  # the adversarial losses, see `losses`
     adversarial_weight: float
     reconstruction_weight: float  # weight of the L1 loss of every head
     unsupervised: tuple[int, ...]  # submodules whose heads have no L1 loss
@@ -84,12 +84,11 @@ class Preset:
     distillation: Literal["exponential", "sds"] = "exponential"  # its weighting of the timesteps
     warm_up_steps: int = 0  # of ADD: pair regression first
     features: str = ""  # a DINOv2 for ADD's critic, a folder or a hub id, in place of the teacher's features
-    critic_learning_rate: float = 0.0  # of ADD's heads at first, falls with the student's; 0: the same
+    critic_learning_rate: float = 0.0  # of ADD's heads, does not fall; 0: the student's first
     feature_noise: tuple[float, ...] = (0.0, 1.0)  # mean and sd of log(sigma / alpha) of what ADD's critic is shown
     image_penalty_weight: float = 0.0  # of R1 on the images that ADD's critic is shown, lazy too
-    simulated_share: float = (
-        0.0  # share of ADD's inputs that begin as images of the student's own chain, not as real ones
-    )
+    simulated_share: float = 0.0  # of ADD's inputs that begin as images of the student's own chain, not as real ones
+    gain_limit: float = 8.0  # the most by which an error in epsilon counts in a U-Net student's image, see `Denoiser`
 
     def __post_init__(self):
         check(self)
@@ -253,6 +252,7 @@ def check(p: Preset) -> None:
         "learning_rate",
         "epochs",
         "steps",
+        "gain_limit",
     ):
         if getattr(p, field) <= 0:
             raise UserError(f"{field} is {getattr(p, field)}, but must be positive")
@@ -292,6 +292,13 @@ def _check_method(p: Preset) -> None:
     for field in ("image_penalty_weight", "simulated_share"):
         if getattr(p, field) and p.method != "add":
             raise UserError(f"{field} is {getattr(p, field):g}, but method {p.method!r} has no such thing: {field}=0")
+    known = {"advkd": ("non-saturating", "forward-kl"), "add": ("non-saturating", "hinge")}.get(
+        p.method, ("non-saturating",)
+    )
+    if p.adversarial not in known:
+        raise UserError(
+            f"adversarial is {p.adversarial!r}, but method {p.method!r} knows {' and '.join(map(repr, known))}"
+        )
     if p.features and p.method != "add":
         raise UserError(f"features is {p.features!r}, but method {p.method!r} has no critic on features: features=''")
     if p.method == "advkd" and p.architecture == "unet":
@@ -456,9 +463,10 @@ _METHODS = {
         distillation_weight=0.5,
         learning_rate=2e-4,
         betas=(0.0, 0.99),
-        decay_share=0.5,
         critic_learning_rate=3e-3,
         feature_noise=(-1.0, 1.5),
+        simulated_share=0.5,
+        gain_limit=4.0,
     ),
     "regression": _UNET | dict(method="regression", real_share=0.0),
     "progressive": _UNET | dict(method="progressive", student_grid=16),

@@ -172,7 +172,8 @@ def _begin(
     teacher = load_teacher(preset, trajectories.teacher)
     if teacher.fingerprint != trajectories.config["teacher_fingerprint"]:
         raise UserError(f"the teacher at {teacher.source} is not the one that made {trajectories.folder}")
-    expert = partial(Denoiser.from_teacher, teacher, preset.replace(start="teacher"))  # each a copy of its own
+    of_expert = preset.replace(start="teacher", gain_limit=Preset.gain_limit)  # the preset's limit is for a student
+    expert = partial(Denoiser.from_teacher, teacher, of_expert)  # each a copy of its own
     pipeline = new_pipeline(preset, teacher)
     student = pipeline.student
     if preset.method == "regression":

@@ -29,6 +29,15 @@ from advkd.training import (
 )
 from advkd.trajectories import TrajectoryStore
 
+
+def _of_heads(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *logits: sum(loss(*of_head) for of_head in zip(*logits, strict=True))
+
+
+ADVERSARIAL = {  # of the critic and of the student, by `preset.adversarial`; of lists of logits, one for each head
+    "hinge": (losses.hinge_discriminator_loss, losses.hinge_generator_loss),
+    "non-saturating": (_of_heads(losses.discriminator_loss), _of_heads(losses.generator_loss)),
+}
 HEADS_BETAS = 0.0, 0.999
 SAFE_TIMESTEPS = 20, 980  # of the teacher; at the ends it says noise, or nothing new
 
@@ -49,9 +58,9 @@ def train_add(
     """Train `student` by ADD's loss, adversarial + `preset.distillation_weight` x score distillation (ADD, equation 1).
 
     `features(images, eps, z)` are those of a frozen network with their condition, `heads` the critic on them, with a logit
-    for each of the student's timesteps. `images` are real ones `(n, c, h, w)` in [-1, 1]; without them the last states of the trajectories stand in. The first
-    `preset.warm_up_steps` are pair regression on the trajectories, for a student that inherits no weights. Everything else is
-    as in `train_advkd`.
+    for each of the student's timesteps; real images are to be real by all of them. `images` are real ones `(n, c, h, w)` in
+    [-1, 1]; without them the last states of the trajectories stand in. The first `preset.warm_up_steps` are pair regression
+    on the trajectories, for a student that inherits no weights. Everything else is as in `train_advkd`.
     """
     device = pick_device(device)
     loop = _Loop(student, teacher, features, heads, Data(trajectories, images, preset, device), preset, device)
@@ -63,14 +72,18 @@ class _Loop:
         self.preset, self.device, self.data, self.mine = preset, device, data, Share(device)
         self.plan = Plan(preset, len(data.store))
         self.steps, self.features = self.plan.steps, features
+        self.critic_loss, self.student_loss = ADVERSARIAL[preset.adversarial]
         self.teacher = teacher.to(device).eval().requires_grad_(False)
         self.modules = prepared(student, preset, device)
         self.student = self.modules["student"]
         self.modules["critic"] = heads.to(device).train()
-        adam = {"lr": preset.learning_rate, "fused": True, "weight_decay": 0.0}
+        rate = preset.learning_rate
+        adam = {"fused": True, "weight_decay": 0.0}
         self.optimizers = {
-            "student_optimizer": torch.optim.AdamW(student.parameters(), betas=preset.betas, **adam),
-            "critic_optimizer": torch.optim.AdamW(heads.parameters(), betas=HEADS_BETAS, **adam),
+            "student_optimizer": torch.optim.AdamW(student.parameters(), lr=rate, betas=preset.betas, **adam),
+            "critic_optimizer": torch.optim.AdamW(
+                heads.parameters(), lr=preset.critic_learning_rate or rate, betas=HEADS_BETAS, **adam
+            ),
         }
 
     def enter(self, step: int) -> None:
@@ -80,9 +93,7 @@ class _Loop:
         """One critic update, then one student update, on the same images of the student."""
         p, generator = self.preset, batch_generator(self.preset.seed, step, 1)
         rate = self.plan.learning_rate(step)
-        critic_rate = rate * (p.critic_learning_rate or p.learning_rate) / p.learning_rate
-        for optimizer, lr in zip(self.optimizers.values(), (rate, critic_rate), strict=True):
-            optimizer.param_groups[0]["lr"] = lr
+        self.optimizers["student_optimizer"].param_groups[0]["lr"] = rate
         size = p.batch_size(0) // self.mine.count
         if step < p.warm_up_steps:
             return 0, self.plan.images_seen(step), self._warm_up(step)
@@ -112,6 +123,8 @@ class _Loop:
         for now, following in pairwise(times):
             eps = self.mine.randn(generator, *real.shape)
             (going,) = torch.nonzero(chosen & (t < now), as_tuple=True)
+            if not len(going):  # not the end: each process draws as often as the others
+                continue
             at = torch.full((len(going),), now, device=self.device)
             with autocast(p, self.device):
                 images[going] = expected_image(self.student, p, xt[going], at).clamp(-1, 1)
@@ -128,7 +141,7 @@ class _Loop:
         with torch.no_grad():
             (on_real, condition), (on_fake, other) = (self._see(x, generator) for x in (real, fake))
         with autocast(self.preset, self.device):
-            loss = losses.hinge_discriminator_loss(heads(on_real, condition, choice), heads(on_fake, other, choice))
+            loss = self.critic_loss(heads(on_real, condition), heads(on_fake, other, choice))
         values = {}
         if step % p.penalty_every == 0:
             penalty = losses.feature_r1_penalty(lambda x: heads(x, condition.float(), choice), on_real)
@@ -162,7 +175,7 @@ class _Loop:
             heads = self.modules["critic"].requires_grad_(False)
             seen, condition = self._see(fake, generator)
             with autocast(self.preset, self.device):
-                total = total + p.adversarial_weight * losses.hinge_generator_loss(heads(seen, condition, choice))
+                total = total + p.adversarial_weight * self.student_loss(heads(seen, condition, choice))
             heads.requires_grad_(True)
         if p.distillation_weight:
             distillation = self._distillation(fake, generator)

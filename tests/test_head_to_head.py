@@ -1,6 +1,8 @@
 """The comparison of methods: every contestant trains, rows carry their protocol, a study is resumed."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +23,8 @@ from advkd.head_to_head import (
     SUMMARY,
     TEACHER_STEPS,
     TEACHERS,
+    TIMED_STEPS,
+    WARM_UP,
     Job,
     compare,
     compare_teacher,
@@ -29,6 +33,7 @@ from advkd.head_to_head import (
     image_key,
     jobs,
     keep_images,
+    relative_compute,
     teacher_evaluations,
 )
 from advkd.presets import UserError, load_preset
@@ -102,21 +107,33 @@ def test_every_method_has_rows_with_the_fields_of_table1(judge, tiny_job, monkey
         fields = ("fd_train", "fd_heldout", "kid_train", "precision", "recall", "fd_train_subset", "pull_to_train")
         monkeypatch.setattr(judge, "measure", lambda samples: dict.fromkeys(fields, float(samples.mean())))
         monkeypatch.setattr(head_to_head, "sampling_cost", lambda *_: {"ms_per_step": 1.0, "peak_memory_mb": 1.0})
+        monkeypatch.setattr(head_to_head, "_step_seconds", lambda preset: 1.0)
     job = tiny_job(method)
     rows, images = zip(*compare(judge, [job]), strict=True)
     assert [row["steps"] for row in rows] == list(CONTESTANTS[method][2])
     for row in rows:
         assert row.keys() >= TABLE1 | {"method", "budget", "seed", "train_seconds", "peak_memory_mb", "preset_hash"}
         assert row["method"] == method and row["images"] == 70
+        assert 0 < row["compute"] < 1, "a tiny one"
     assert all(x.shape == (KEPT, 1, 16, 16) for x in images), "those of the first seed"
     if method == "Adv-KD":
         assert means(rows, ("method", "budget", "steps"))[0].keys() >= SUMMARY.keys(), "no column of the table is empty"
     assert list(rows) == [row for row, _ in compare(judge, [job])], "what was measured is only read"
 
 
+def test_compute_is_that_of_a_whole_training(monkeypatch):
+    timed = []
+    monkeypatch.setattr(head_to_head, "_step_seconds", lambda preset: timed.append(preset) or float(len(timed)))
+    job = next(job for job in jobs("digits") if job.method == "ADD, submodules")
+    assert relative_compute(job.preset) == job.preset.steps / (2 * load_preset("digits").steps)
+    assert timed[0].warm_up_steps - 8 == round(WARM_UP * TIMED_STEPS) and timed[1].warm_up_steps == 0
+    assert {p.train_dtype for p in timed} == {"float32"}
+
+
 def test_a_failed_training_leaves_the_others_alone(judge, tiny_job, monkeypatch):
     monkeypatch.setattr(head_to_head, "IMAGES", 70)
     monkeypatch.setattr(head_to_head, "sampling_cost", lambda *_: {"ms_per_step": 1.0, "peak_memory_mb": 1.0})
+    monkeypatch.setattr(head_to_head, "_step_seconds", lambda preset: 1.0)
     rows = list(compare(judge, [tiny_job("regression", learning_rate=1e30, steps=20), tiny_job("DMD")]))
     assert {row["method"]: "error" in row for row, _ in rows} == {"regression": True, "DMD": False}
 
@@ -157,6 +174,13 @@ def test_rows_have_places_by_method_budget_steps_and_seed(judge):
     assert [r["method"] for r in json.loads(path.read_text())["rows"]] == ["Adv-KD", "teacher, DDIM"]
 
 
+def test_the_committed_rows_are_of_todays_jobs():
+    path = Path(__file__).resolve().parents[1] / "figures/digits/head_to_head.json"
+    rows = json.loads(path.read_text())["rows"]
+    assert all(comparison_place("digits", row) for row in rows)
+    assert all(row["compute"] > 0 for row in rows if row["method"] not in TEACHERS)
+
+
 def test_a_rows_images_are_kept():
     rows = [{"method": m, "steps": 4, "budget": 1} for m in ("ADD", "DMD")] + [{"method": "teacher, DDIM", "steps": 4}]
     for shade, row in enumerate(rows):
@@ -183,7 +207,34 @@ def test_all_start_from_the_same_noise(judge, monkeypatch):
     assert seen == [True, True]
 
 
-@pytest.mark.parametrize("option", [("--method", "GAN"), ("--budget", "3")])
+@pytest.mark.parametrize("option", [("--method", "GAN"), ("--budget", "3"), ("--seed", "6")])
 def test_the_command_line_names_what_there_is(option):
     result = CliRunner().invoke(cli, ["compare", *option])
-    assert result.exit_code == 2 and option[1] in result.output and ("DMD" in result.output or "1, 4" in result.output)
+    known = {"--method": "DMD", "--budget": "1, 4", "--seed": "3, 4, 5"}[option[0]]
+    assert result.exit_code == 2 and option[1] in result.output and known in result.output
+
+
+def fixed_seconds(preset):
+    return 1.5
+
+
+def test_a_step_is_timed_once_on_a_machine(tiny_job, monkeypatch):
+    preset = tiny_job("regression", steps=TIMED_STEPS + 9).preset
+    monkeypatch.setattr(head_to_head, "_measure_step", fixed_seconds)
+    first = head_to_head._step_seconds(preset)
+    head_to_head._step_seconds.cache_clear()
+    monkeypatch.setattr(head_to_head, "_measure_step", None)  # not called again
+    assert first == head_to_head._step_seconds(preset) == 1.5
+
+
+def test_the_time_of_a_step_leaves_out_the_first_and_the_last(tiny_job, monkeypatch):
+    preset, now = tiny_job("regression", steps=TIMED_STEPS + 9).preset, [0.0]
+
+    def training(p, *_, **__):
+        for step in range(1, p.steps + 1):
+            now[0] += 0.25 if 8 < step < p.steps else 100.0
+            yield SimpleNamespace(step=step)
+
+    monkeypatch.setattr(head_to_head, "train_run", training)
+    monkeypatch.setattr(head_to_head.time, "process_time", lambda: now[0])
+    assert head_to_head._measure_step(preset) == 0.25

@@ -1,5 +1,8 @@
 """ADD and the baselines: losses by hand, targets against DDIM, whose weights move, resuming."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -7,7 +10,7 @@ from torch import nn
 
 from advkd import losses, run, train_add, training
 from advkd.data import load_images, seeded_noise
-from advkd.denoiser import GAIN, Denoiser
+from advkd.denoiser import Denoiser
 from advkd.features import BatchNormLocal, DinoFeatures, Head, Heads, TeacherFeatures, augmented, make_heads
 from advkd.pipeline import FewStepPipeline
 from advkd.presets import UserError, load_preset
@@ -107,7 +110,7 @@ def test_a_denoiser_expects_what_its_teacher_does_where_the_gain_is_not_limited(
             found = denoiser(xt, torch.full((2,), t))
         expected = scheduler.step(eps, t, xt).pred_original_sample
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert denoiser.gain.max() == GAIN
+    assert denoiser.gain.max() == denoiser.config.gain_limit
 
 
 @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
@@ -138,7 +141,9 @@ def test_ddim_steps_are_those_of_diffusers(teacher, denoiser, images):
         ours = denoiser.ddim(xt, denoiser(xt, torch.tensor([749])), torch.tensor([749]), torch.tensor([499]))
         output = teacher.unet(xt, 749).sample
     alpha = scheduler.alphas_cumprod[749].sqrt()
-    x0 = alpha * xt - min(GAIN, ((1 - alpha**2).sqrt() / alpha).item()) * (output - (1 - alpha**2).sqrt() * xt)
+    x0 = alpha * xt - min(denoiser.config.gain_limit, ((1 - alpha**2).sqrt() / alpha).item()) * (
+        output - (1 - alpha**2).sqrt() * xt
+    )
     sample_scheduler = DDIMScheduler.from_config(scheduler.config, prediction_type="sample")
     sample_scheduler.set_timesteps(4)
     torch.testing.assert_close(ours, sample_scheduler.step(x0, 749, xt).prev_sample, rtol=1e-4, atol=1e-4)
@@ -200,7 +205,7 @@ def test_each_kind_of_images_has_a_logit_of_its_own():
     assert of_kind[0].shape == (8, 25) and not torch.equal(of_kind[0], of_kind[1])
     kind = torch.tensor([0, 1, 2, 2, 1, 0, 1, 2])
     torch.testing.assert_close(head(features, kind=kind), torch.stack(of_kind)[kind, torch.arange(8)])
-    torch.testing.assert_close(head(features), of_kind[0])
+    torch.testing.assert_close(head(features), torch.cat(of_kind, dim=1))  # where none is named
     norm = torch.linalg.matrix_norm(head.leave.weight.flatten(1), 2).item()
     assert norm <= 1.1  # of all kinds together
 
@@ -442,7 +447,7 @@ def test_the_parts_of_add_can_be_left_out(tmp_path, method, store, images, parts
     assert (last.reconstruction_loss is None) == ("distillation_weight" in parts)
 
 
-def test_the_heads_have_a_rate_of_their_own_that_falls_with_the_students(tmp_path, method, store, images, monkeypatch):
+def test_the_heads_keep_their_rate_while_the_students_falls(tmp_path, method, store, images, monkeypatch):
     rates, step = {0.0: [], 0.9: []}, torch.optim.AdamW.step  # by beta 1
 
     def noted(optimizer, *args, **kwargs):
@@ -454,7 +459,7 @@ def test_the_heads_have_a_rate_of_their_own_that_falls_with_the_students(tmp_pat
     p = method("add", learning_rate=1e-4, critic_learning_rate=4e-4, decay_share=0.5, betas=(0.9, 0.99))
     finish(train_run(p, store, tmp_path, images=images, device="cpu"))
     assert rates[0.9] == pytest.approx([1e-4, 1e-4, 1e-4, 1e-4, 2e-4 / 3, 1e-4 / 3])
-    assert rates[0.0] == pytest.approx([4 * rate for rate in rates[0.9]])
+    assert rates[0.0] == pytest.approx([4e-4] * 6)
 
 
 def test_the_critic_is_told_the_timestep_of_every_image(tmp_path, method, store, images, monkeypatch):
@@ -473,9 +478,50 @@ def test_the_critic_is_told_the_timestep_of_every_image(tmp_path, method, store,
     monkeypatch.setattr(Heads, "forward", noted_heads)
     p = method("add", steps=1)
     finish(train_run(p, store, tmp_path, images=images, device="cpu"))
-    (t,) = asked
+    *_, t = asked  # after those of the chain
     assert len(told) == 5, "real and made images, both penalties, the student's loss"
-    assert all(torch.equal(torch.tensor(p.student_timesteps)[kind], t) for kind in told)
+    on_real, *others = told
+    assert on_real is None, "real images are to be real at every timestep"
+    assert all(torch.equal(torch.tensor(p.student_timesteps)[kind], t) for kind in others)
+
+
+@pytest.mark.parametrize("how", ["hinge", "non-saturating"])
+def test_the_adversarial_losses_of_add_sum_over_the_heads(tmp_path, method, store, images, monkeypatch, how):
+    """The losses of the records, from the logits that the heads gave."""
+    given, forward = [], Heads.forward
+    monkeypatch.setattr(Heads, "forward", lambda *args: given.append(forward(*args)) or given[-1])
+    p = method("add", steps=2, penalty_every=9, adversarial=how, distillation_weight=0.0, train_dtype="float32")
+    *_, record = train_run(p, store, tmp_path, images=images, device="cpu")  # the second: without penalties
+    real, fake, of_student = ([x.detach().double().numpy() for x in logits] for logits in given[-3:])
+    loss = {"hinge": lambda x: np.maximum(0, 1 - x), "non-saturating": lambda x: np.log1p(np.exp(-x))}[how]
+    of_critic = sum(loss(x).mean() + loss(-y).mean() for x, y in zip(real, fake, strict=True))
+    own = sum((-x if how == "hinge" else loss(x)).mean() for x in of_student)
+    assert record.critic_loss == pytest.approx(of_critic, rel=1e-5)
+    assert record.student_loss == pytest.approx(own, rel=1e-5)
+
+
+def test_the_limit_of_the_gain_is_the_students_alone(tmp_path, method, store, images, monkeypatch):
+    given, train = {}, run.train_add
+
+    def noted(student, *args, teacher, **options):
+        given.update(student=student, teacher=teacher)
+        return train(student, *args, teacher=teacher, **options)
+
+    monkeypatch.setattr(run, "train_add", noted)
+    finish(train_run(method("add", gain_limit=2.0, steps=1), store, tmp_path, images=images, device="cpu"))
+    for name, limit in (("student", 2.0), ("teacher", 8.0)):
+        of = given[name]
+        torch.testing.assert_close(of.gain[:-1], (of.sigma / of.alpha)[:-1].clamp(max=limit))
+        assert of.gain[-1] == of.config.gain_limit == limit
+    assert load_run(tmp_path).student.config.gain_limit == 2.0
+
+
+def test_students_that_were_saved_before_there_was_a_limit_have_that_of_then(denoiser, tmp_path):
+    denoiser.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("gain_limit") == 4.0
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert Denoiser.from_pretrained(tmp_path).gain.max() == 8.0
 
 
 def test_the_student_is_trained_on_its_own_chain_as_it_is_sampled(tmp_path, method, store, images, monkeypatch):
@@ -503,6 +549,17 @@ def test_the_student_is_trained_on_its_own_chain_as_it_is_sampled(tmp_path, meth
     assert all((x == real).all(1).any() for x in shown[t == 999].flatten(1)), "noise alone begins with real images"
 
 
+def test_no_image_of_a_batch_need_begin_with_a_chain(tmp_path, method, store, images, monkeypatch):
+    """And what is drawn is the same then, so that processes stay together."""
+    drawn, randn = [], training.Share.randn
+    monkeypatch.setattr(training.Share, "randn", lambda share, *args: drawn.append(args[1:]) or randn(share, *args))
+    for name, share in (("none", 1e-9), ("all", 1.0)):
+        p = method("add", steps=1, simulated_share=share)
+        finish(train_run(p, store, tmp_path / name, images=images, device="cpu"))
+    half = len(drawn) // 2
+    assert half > 4 and drawn[:half] == drawn[half:]
+
+
 def test_penalties_of_add_are_lazy(tmp_path, method, store, images, monkeypatch):
     p = method("add", steps=3, penalty_every=2, penalty_weight=0.5, train_dtype="float32", image_penalty_weight=0.0)
     first, second, third = train_run(p, store, tmp_path / "with", images=images, device="cpu")
@@ -523,6 +580,13 @@ def test_penalties_of_add_are_lazy(tmp_path, method, store, images, monkeypatch)
             "image_penalty_weight is 1, but method 'advkd' has no such thing",
         ),
         ("dmd", {"simulated_share": 0.5}, "simulated_share is 0.5, but method 'dmd' has no such thing"),
+        (
+            "add",
+            {"adversarial": "forward-kl"},
+            "adversarial is 'forward-kl', but method 'add' knows 'non-saturating' and",
+        ),
+        ("improved", {"adversarial": "hinge"}, "adversarial is 'hinge', but method 'advkd' knows 'non-saturating' and"),
+        ("add", {"gain_limit": 0.0}, "gain_limit is 0.0, but must be positive"),
         ("add", {"simulated_share": 1.5}, r"simulated_share is 1.5, but must lie in \[0, 1\]"),
         ("add", {"image_penalty_weight": -1.0}, "image_penalty_weight is -1.0, but must not be negative"),
         ("add", {"critic_learning_rate": -1e-3}, "critic_learning_rate is -0.001, but must not be negative"),
