@@ -189,8 +189,9 @@ Markdown(markdown(table, SUMMARY))
 # %% [markdown]
 # **One training seed a row so far** (Adv-KD: three; ADD: two; the teacher: three sampling seeds), and budget 1 alone; `python -m advkd
 # compare` makes the others. So take the order for a first impression, and small differences for none. The budgets were set on a processor that
-# computes in bfloat16, where all trainings took within a sixth of Adv-KD's time; "training compute" is in float32 on one without it (AMD,
-# AVX2), where the others' took up to half as much more. ADD's rows were trained there. By these rows:
+# computes in bfloat16, where trainings took within a sixth of Adv-KD's time (those of ADD's present recipe were not timed there: its steps
+# are scaled from an earlier one's); "training compute" is in float32 on one without it (AMD, AVX2), where the others' took up to half as
+# much more. ADD's rows were trained there. By these rows:
 #
 # - **Adv-KD** is ahead of all other one-step students by distance, with a quarter of their parameters and a third of their time per
 #   image. Its critic is its own network and learns, it sees real images, and its pairs cost 250,000 evaluations of the teacher
