@@ -458,6 +458,11 @@ def test_a_methods_steps_are_joined_and_named():
     rows = [{"method": "ADD", "steps": 1, "budget": n, "ms": 10 * n, "fd": 4 / n} for n in (4, 1)]
     (ax,) = figures.plot_methods(rows, "ms", "fd", ("ms", "distance"), {}, named="budget").axes
     assert [text.get_text() for text in ax.texts] == ["1", "4"]
+    ax = figures.plot_methods(rows, "ms", "fd", ("ms", "distance"), {}).axes[0]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["ADD", "ADD, budget 4"]
+    small, large = (bars[0] for bars in ax.containers)
+    assert small.get_xydata().tolist() == [[10, 4]] and large.get_xydata().tolist() == [[40, 1]]
+    assert small.get_markerfacecolor() == small.get_color() == large.get_color() != large.get_markerfacecolor()
     plt.close("all")
 
 
