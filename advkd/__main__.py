@@ -307,6 +307,8 @@ def train(
     _say(describe(preset))
     images = load_images(preset, "train")[0] if preset.real_share else None  # before the teacher works for hours
     if not store:
+        if not preset.learns_from_trajectories and "trajectories" not in given:
+            preset = preset.replace(trajectories=max(preset.batch_sizes))  # a store also says which teacher it is
         opened = generate_trajectories(load_teacher(preset), preset, out / "trajectories", device=device)
     last = finish(train_run(preset, opened, out, images=images, resume=resume, device=device))
     _say(f"student: {out / 'student'}, {last.step} steps, {last.images_seen} images seen")
@@ -533,7 +535,7 @@ def compare(name: str, methods: tuple[str, ...], budgets: tuple[float, ...], see
     }
     for what, (given, known) in asked.items():
         if unknown := [x for x in given if x not in known]:
-            raise UserError(f"there is no {what} {unknown[0]!r}; {what}s: {', '.join(map(str, known))}")
+            raise UserError(f"there is no {what} {unknown[0]!r}; {what}s: {', '.join(map(repr, known))}")
     chosen = [
         job
         for job in jobs(name)

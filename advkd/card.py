@@ -50,6 +50,13 @@ SOURCES = {
     "digits": "The digits are UCI's Optical Recognition of Handwritten Digits (E. Alpaydin, C. Kaynak, 1998; CC BY 4.0).",
     "glyphs": "The letters' fonts have licences of their own, which matplotlib ships with them.",
 }
+METHODS = {  # whose papers are to be cited too
+    "add": "adversarial diffusion distillation, Sauer et al. 2023 (arXiv 2311.17042)",
+    "regression": "pair regression, Luhman and Luhman 2021 (arXiv 2101.02388)",
+    "progressive": "progressive distillation, Salimans and Ho 2022 (arXiv 2202.00512)",
+    "consistency": "consistency distillation, Song et al. 2023 (arXiv 2303.01469)",
+    "dmd": "distribution matching distillation, Yin et al. 2024 (arXiv 2311.18828)",
+}
 CITATION = """```bibtex
 @article{mekonnen2024advkd,
   title = {Adv-KD: Adversarial Knowledge Distillation for Faster Diffusion Sampling},
@@ -179,7 +186,7 @@ def make_card(
         f"{START}\n{_measurements(facts)}\n{END}",
         "## Limitations\n\n" + _limitations(preset),
         "## Licence\n\n" + _licence(preset),
-        "## Citation\n\n" + CITATION,
+        "## Citation\n\n" + _method(preset) + CITATION,
     ]
     return ModelCard(f"---\n{_front_matter(preset, facts).to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
 
@@ -261,6 +268,11 @@ def _origin(preset: dict, facts: dict) -> str:
         f"- Trajectories: {count} of the teacher's, {preset['sampler']} with {preset['sampler_steps']} of "
         f"{TRAIN_TIMESTEPS} steps in {preset['teacher_dtype']}, noise of seed {preset['trajectory_seed']}"
     )
+
+
+def _method(preset: dict) -> str:
+    other = preset and METHODS.get(preset["method"])
+    return f"The student was trained by {other}; please cite it too.\n\n" if other else ""
 
 
 def _recipe(preset: dict, student: Student | Denoiser) -> str:

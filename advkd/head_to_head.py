@@ -87,7 +87,7 @@ SHOWN = {
     "device": "trained on",
     "dtype": "dtype",
     "train_seconds": "training, s",
-    "teacher_evaluations": "teacher's evaluations",
+    "teacher_evaluations": "teacher's evaluations beforehand",
     "ms_per_image": "ms per image",
     "peak_memory_mb": "peak MB",
     "fd_train": "FD, train",
@@ -123,6 +123,8 @@ def jobs(name: str) -> list[Job]:
     """All trainings of the study for the preset `name`."""
     if name not in STEPS:
         raise UserError(f"there is no study for the preset {name!r}; presets: {', '.join(STEPS)}")
+    if missing := sorted(CONTESTANTS.keys() - {"Adv-KD"} - STEPS[name].keys()):
+        raise UserError(f"nobody said how many steps of {missing[0]!r} are budget 1; add them to STEPS[{name!r}]")
     found = []
     for method, (recipe, fields, _) in CONTESTANTS.items():
         base = load_preset(name, recipe, **_fields(name, fields))
@@ -190,8 +192,7 @@ def compare_sampler(judge: Judge, preset: Preset, method: str, steps: int, seed:
 
 def teacher_evaluations(preset: Preset) -> int:
     """How often the teacher is asked for the trajectories that a training needs, before it begins."""
-    needed = preset.method in ("advkd", "regression") or preset.warm_up_steps or not preset.real_share
-    return preset.trajectories * preset.sampler_steps if needed else 0
+    return preset.trajectories * preset.sampler_steps if preset.learns_from_trajectories else 0
 
 
 def relative_compute(preset: Preset) -> float:

@@ -112,6 +112,11 @@ class Preset:
         return self.channels, self.image_size_px, self.image_size_px
 
     @property
+    def learns_from_trajectories(self) -> bool:
+        """Whether the training asks for what the teacher made of noise, or for real images and the teacher alone."""
+        return self.method in ("advkd", "regression") or bool(self.warm_up_steps) or not self.real_share
+
+    @property
     def config_hash(self) -> str:
         """12 hexadecimal digits that change when any field does, the same on every machine and Python."""
         return config_hash(asdict(self))

@@ -184,6 +184,8 @@ def _begin(
         return pipeline, train_consistency(student, *given, teacher=expert(), **options)
     if preset.method == "dmd":
         return pipeline, train_dmd(student, *given, teacher=expert(), fake=expert(), **options)
+    if preset.method != "add":
+        raise UserError(f"method {preset.method!r} has no training; add its branch to _begin in run.py")
     frozen = expert()
     features = dino or TeacherFeatures(frozen, *preset.feature_noise)
     critic = {"features": features, "heads": make_heads(features, preset.seed, len(preset.student_timesteps))}

@@ -22,6 +22,7 @@
 preset: str = "digits"  # the experiment, one whose study is committed
 live_steps: int = 60  # optimizer steps of ADD that are taken here
 live_sampler_steps: int = 4  # the teacher's row that is measured again: DPM-Solver++ with so many steps
+voter: str = "anonymous"  # who votes in the panel
 
 # %%
 import json
@@ -127,17 +128,17 @@ Markdown(markdown(layers, {name: name for name in layers[0]}))
 # those runs are not kept, many were ended early, and changes were not always made one at a time. Two runs that were alike differed by a
 # quarter in four steps; so take it for how the recipe came about and not for a result):
 #
-# - **A logit for every timestep of the student**, while real images are to be real by all of them. The critic sees images of all four
+# - **A logit for every timestep of the student** (one for each of `student_timesteps`), while real images are to be real by all of them. The critic sees images of all four
 #   timesteps. Where it cannot say which is which, it may be satisfied in the mean: images too clean and too alike at $t = 249$ could
 #   make up for those too messy at $t = 999$. That is a guess. With a logit for each, one step came nearer, and recall in four rose.
-# - **The logistic loss, and the student's own chain**: half of the inputs at $t < 999$ begin not with real images but with what the
+# - **The logistic loss, and the student's own chain** (`adversarial`, `simulated_share`): half of the inputs at $t < 999$ begin not with real images but with what the
 #   student itself makes of noise on its way there, as DMD2 does it (Yin et al. 2024, arXiv 2405.14867). After 3,300 to 4,100 steps one, two and four steps
 #   stood at 0.45, 0.64 and 0.55 with neither, at 0.51, 0.58 and 0.51 with the loss alone, at 0.50, 0.45 and 0.60 with the chain alone,
 #   and at 0.60, 0.49 and 0.35 with both (means of two or three readings of one run each).
-# - **A lower limit of that factor** by which the student's error counts, 4 instead of 8: it is nearer after half as many steps, and
+# - **A lower limit of the factor** $\sigma / \alpha$ by which the student's error counts (`gain_limit`), 4 instead of 8: it is nearer after half as many steps, and
 #   four in five of its images are typical instead of three in four (precision), at the price of recall (0.67 instead of 0.75).
-# - **R1 on the images too** (weight 1, every fourth step), through the frozen features. Without it recall fell as training went on.
-# - **Fast heads**: a learning rate of $3 \cdot 10^{-3}$ against the student's $2 \cdot 10^{-4}$, which falls at the end while theirs does not; Adam's
+# - **R1 on the images too** (`image_penalty_weight` 1, every fourth step), through the frozen features. Without it recall fell as training went on.
+# - **Fast heads** (`critic_learning_rate`): a learning rate of $3 \cdot 10^{-3}$ against the student's $2 \cdot 10^{-4}$, which falls at the end while theirs does not; Adam's
 #   $\beta_1 = 0$ for both.
 # - $\lambda = 0.5$ on the mean over an image's numbers; the paper has 2.5, on a scale of its own.
 #
@@ -170,7 +171,7 @@ assert len(records) == live_steps and sharp[1] > sharp[0], "the student is as gr
 #
 # Students begin as copies of the same teacher's U-Net (1.06M parameters; "random start": its architecture alone), but Adv-KD's and those
 # called "submodules", which are Adv-KD's network (244,211). **Budget 1** is as much training as Adv-KD's recipe takes on one CPU
-# thread, **budget 4** four times that ("training compute"). Making trajectories comes on top where a method needs them ("teacher's evaluations").
+# thread, **budget 4** four times that ("training compute"). Making trajectories comes on top where a method needs them ("teacher's evaluations beforehand").
 #
 # - **Pair regression** (Luhman and Luhman 2021): the teacher's image from the same noise, by mean squared error.
 # - **Progressive distillation** (Salimans and Ho 2022): 16 steps into 8, into 4, into 2, into 1.
@@ -187,22 +188,24 @@ table = means(rows, ("method", "budget", "steps"))
 Markdown(markdown(table, SUMMARY))
 
 # %% [markdown]
-# **One training seed a row so far** (Adv-KD: three; ADD: two; the teacher: three sampling seeds), and budget 1 alone; `python -m advkd
-# compare` makes the others. So take the order for a first impression, and small differences for none. The budgets were set on a processor that
-# computes in bfloat16, where trainings took within a sixth of Adv-KD's time (those of ADD's present recipe were not timed there: its steps
-# are scaled from an earlier one's); "training compute" is in float32 on one without it (AMD, AVX2), where the others' took up to half as
-# much more. ADD's rows were trained there. By these rows:
+# **How many seeds a row has, the table says** (three training seeds for Adv-KD and ADD; others have one or two so far, and most of them
+# budget 1 alone; the teacher: three sampling seeds); `python -m advkd compare` makes what is missing. So take the order of single
+# seeds for a first impression, and small differences for none. The budgets were set on a processor that computes in bfloat16, where
+# trainings took within a sixth of Adv-KD's CPU time; "training compute" is in float32 on one without it (AMD, AVX2), where the others'
+# took up to half as much more. ADD's first two seeds of budget 1 were trained there (`dtype` in the rows). By these rows:
 #
-# - **Adv-KD** is ahead of all other one-step students by distance, with a quarter of their parameters and a third of their time per
-#   image. Its critic is its own network and learns, it sees real images, and its pairs cost 250,000 evaluations of the teacher
+# - **Adv-KD** is ahead of all other one-step students of budget 1 by distance, with a quarter of their parameters and a third of their time
+#   per image. Its critic is its own network and learns, it sees real images, and its pairs cost 250,000 evaluations of the teacher
 #   beforehand (as regression's do), which ADD, progressive and consistency distillation do without. By recall it is behind
 #   regression, progressive and consistency distillation (0.70 against 0.86), and 2 % of its images are near-copies of training images,
-#   four times as many as of ADD's.
-# - **ADD** comes next, asks the teacher for nothing beforehand, and gets nearer with every step: in four it is level with Adv-KD's one and with
-#   fifty steps of DDIM (0.46 with a standard deviation of 0.12 over two seeds; 0.43; 0.48). It was to reach DDIM-50's distance in four steps, which it **does** in
-#   the mean, and 1.5 times that in one, which at this budget it does **not** (1.95 times).
-# - **Pair regression** is 1.6 times as far, with nearly the recall of the teacher: the U-Net is given the whole noise, and the teacher's
-#   map from noise to image is smooth enough to be learnt. With our submodules, which see sixteen numbers of it, it is six times as far.
+#   five times as many as of ADD's. Four times the training (one seed) buys recall, 0.82, and hardly any distance, 0.39; and the pull towards the training
+#   images grows: 0.68 of the samples are nearer to them than to as many held-out ones, instead of 0.62.
+# - **ADD** comes next, asks the teacher for nothing beforehand, and gets nearer with every step and with training. It was to reach 1.5 times DDIM-50's
+#   distance (0.48) in one step and 1.0 times in four. At budget 1 it **does the second (0.43) and not the first (0.92)**; at budget 4 it
+#   **does both**: 0.40 in one step, 0.33 in four. There it is level with Adv-KD on the train split in one step and nearer to the held-out images
+#   (1.05 against 1.41), with half as many near-copies.
+# - **Pair regression** is three times as far as Adv-KD, with nearly the recall of the teacher: the U-Net is given the whole noise, and the
+#   teacher's map from noise to image is smooth enough to be learnt. With our submodules, which see sixteen numbers of it, it is twenty times as far.
 # - **Progressive and consistency distillation and DMD** are further off. They are known to need long trainings; see above on fairness.
 # - **The teacher** in eight steps of DPM-Solver++ is as near as in fifty of DDIM; in one to four it is far behind ADD.
 #
@@ -228,26 +231,25 @@ Markdown(markdown(parts, {field: SUMMARY[field] for field in fields}))
 # - **Distillation alone collapses** into nearly one image: recall is zero, while each image is typical. It seems to pull towards the
 #   nearest mode of the teacher's distribution. In ADD a text says which image is meant; an unconditional teacher has
 #   nothing to say, and every student's image may become the same.
-# - So here **the adversarial part alone** does as well as both (one seed against two), with more recall. That is not what ADD's
-#   ablation found for images from text, and the above is the likely reason. In one of the longer runs from before (3,300 and 4,100 steps, hinge loss)
-#   both together were nearer: 0.45, 0.64 and 0.55 in one, two and four steps, against 0.64, 0.71 and 0.84.
+# - So here **the adversarial part alone** does as well as both: in one step 0.85 against 0.92 at budget 1 and 0.32 against 0.40 at budget 4,
+#   in four 0.53 against 0.43 and 0.31 against 0.33 (one seed against three). That is not what ADD's ablation found for images from
+#   text, and the above is the likely reason: what the teacher would add is said by the real images already.
 # - **A random start** is three times as far from real images as the teacher's weights in one step and ten times in four, as ADD's
 #   paper found too.
-# - **Our submodules** do not get far by ADD's losses, after a quarter of their steps of regression: 14 where Adv-KD's reach 0.43,
-#   with a seventh of the recall. The network is the same, so the critic, its features and the rates make the difference; with the hinge
-#   loss and heads whose rate fell it was 3.4.
+# - **Our submodules** get to 1.8 by ADD's losses, after a quarter of their steps of regression, where Adv-KD's reach 0.43. So on one and the
+#   same network Adv-KD's losses, a critic that learns its own features and the pairs to the end, do better here. ADD was not tuned
+#   for it but for the student's learning rate: with Adv-KD's, $10^{-3}$, it ended in few modes (14, recall 0.10; one run).
 #
 # ### Distance against time, and against training
 #
-# Students of budget 1 by the time an image takes; then one-step students by their training, which was to be equal at a budget.
+# Students by the time an image takes, those of budget 4 hollow; then one-step students by their training, which was to be equal at a budget.
 
 # %%
 students = [row for row in table if row["method"] not in TEACHERS]
 teachers = [row for row in table if row["method"] in TEACHERS]
 ddim50 = next(row["fd_train"] for row in teachers if row["method"] == "teacher, DDIM" and row["steps"] == 50)
-budget_1 = [row for row in students if row["budget"] == 1]
 labels = "ms per image", "Frechet distance to the train split"
-figure = plot_methods(budget_1 + teachers, "ms_per_image", "fd_train", labels, {"DDIM-50": ddim50})
+figure = plot_methods(table, "ms_per_image", "fd_train", labels, {"DDIM-50": ddim50})
 _ = save_figure(figure, f"figures/{preset}", "methods_ms")
 
 # %%
@@ -259,18 +261,19 @@ _ = save_figure(figure, f"figures/{preset}", "methods_training")
 # %% [markdown]
 # ### From the same noise
 #
-# The first images of the first seed at budget 1, each with the number of steps; all students and the teacher start from the same
-# noise, place by place.
+# The first images of the first seed, each with the number of steps and, of larger ones, the budget; all students and the teacher start
+# from the same noise, place by place.
 
 # %%
 images = {name: from_uint8(x) for name, x in load_file(f"figures/{preset}/head_to_head.safetensors").items()}
-drawn = budget_1 + [row for row in teachers if row["steps"] in (1, 4, 50)]
+drawn = students + [row for row in teachers if row["steps"] in (1, 4, 50)]
 columns = 5
 figure, axes = plt.subplots(-(-len(drawn) // columns), columns, figsize=(10, 1.5 * -(-len(drawn) // columns)))
 for ax in axes.flat:
     ax.set_axis_off()
 for ax, row in zip(axes.flat, drawn, strict=False):
-    show_images(ax, images[image_key(row)][:18], 6, f"{row['method']}: {row['steps']}")
+    more = f" (budget {row['budget']})" if row["budget"] not in (None, 1) else ""
+    show_images(ax, images[image_key(row)][:18], 6, f"{row['method']}: {row['steps']}{more}")
     ax.title.set_fontsize(6.5)
 figure.tight_layout()
 _ = save_figure(figure, f"figures/{preset}", "methods_samples")
@@ -307,15 +310,16 @@ Markdown(markdown(PUBLISHED, {field: field for field in PUBLISHED[0]}))
 # comes back goes on.
 
 # %% tags=["nbval-ignore-output"]
-asked = {row["method"]: row for row in budget_1 if row["steps"] == 1 and not row["method"].startswith("ADD, ")}
+asked = {row["method"]: row for row in one_step if row["budget"] == 1 and not row["method"].startswith("ADD, ")}
 judged = {method: images[image_key(row)][18:] for method, row in asked.items()}  # not those above
 votes_file = Path(f"runs/{preset}/votes.csv")
-Panel(judged, votes_file, voter="anonymous")
+Panel(judged, votes_file, voter)
 
 
 # %% [markdown]
-# Nobody has voted in this repository. So that there is something to see, here are 300 answers of a *simulated* voter, who takes
-# the method with the shorter distance four times in five; as soon as `votes.csv` has votes, those are shown.
+# Nobody has voted in this repository. So that there is something to see, here are 1,000 answers of a *simulated* voter, who takes
+# the method with the shorter distance four times in five; once `votes.csv` has votes, run the cell again, and those are shown. Each
+# method has two grids here, so they come again; the intervals take every vote for a new one.
 
 
 # %%
@@ -326,7 +330,7 @@ def answer(n):
     return Vote("simulated", n, left, right, nearer if chance < 0.8 else left if nearer == right else right)
 
 
-votes = read_votes(votes_file) or [answer(n) for n in range(300)]
+votes = read_votes(votes_file) or [answer(n) for n in range(1000)]
 ranking = bradley_terry(votes)
 rates = [rate for rate in win_rates(votes) if ranking[0]["method"] in (rate["method"], rate["against"])]
 figure = plot_preferences(ranking, rates)
@@ -339,10 +343,14 @@ _ = save_figure(figure, f"figures/{preset}", "preferences")
 #
 # ## Exercises
 #
-# 1. Vote yourself: twenty pairs are enough to see an order. Does it agree with the distance?
-# 2. Give ADD the weight of distillation that the paper has:
-#    `python -m advkd train --method add --set distillation_weight=2.5 ...`. What happens to recall?
-# 3. Let the critic see less noise: `--set feature_noise=[-2.0,1.0]`.
-# 4. Distil into two timesteps: `--set student_timesteps=[499,999]`.
-# 5. Add a method of your own: a loop with `enter`, `step` and `finish`, as in `advkd/train_regression.py`, and a line in
-#    `CONTESTANTS` of `advkd/head_to_head.py`.
+# 1. Vote yourself. Seven methods make 21 pairs: how many answers does it take until the intervals part? Does the order agree with
+#    the distance?
+# 2. Give ADD the weight of distillation that the paper has, for budget 1 of the table and with its first seed, and measure it as the
+#    table does. What happens to recall?
+#    `python -m advkd train --method add --steps 720 --seed 3 --set distillation_weight=2.5 --out runs/heavier`, then
+#    `python -m advkd evaluate runs/heavier --count 3500 --seed 11 --steps 4 --out runs/heavier/quality.json`
+# 3. Let the critic see less noise: the same with `--set "feature_noise=[-2.0,1.0]"`.
+# 4. Distil into two timesteps: `--set "student_timesteps=[499,999]"`, and `--steps 2` to measure it.
+# 5. Add a method of your own: a loop with `enter`, `step` and `finish`, as in `advkd/train_regression.py`; its name among the methods of
+#    `advkd/presets.py` (`Preset.method` and `_METHODS`); a branch in `_begin` of `advkd/run.py`; and a line each in `CONTESTANTS` and
+#    `STEPS` of `advkd/head_to_head.py`.

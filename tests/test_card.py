@@ -20,7 +20,7 @@ from advkd import card, pipeline, run
 from advkd.__main__ import cli
 from advkd.denoiser import Denoiser
 from advkd.pipeline import FewStepPipeline, StudentPipeline
-from advkd.presets import UserError, asdict, load_preset
+from advkd.presets import Preset, UserError, asdict, load_preset
 from advkd.student import Student, count_parameters
 
 ROOT = Path(__file__).parent.parent
@@ -383,6 +383,14 @@ def test_the_card_cites_what_the_citation_file_does():
     names = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in paper["authors"])
     assert f"author = {{{names}}}" in card.CITATION and f"year = {{{paper['year']}}}" in card.CITATION
     assert f"license = {{{cited['license']}}}" in card.CITATION
+
+
+def test_the_card_names_the_paper_of_another_method(few_step, by_hand, tmp_path):
+    few_step.save_pretrained(tmp_path)
+    assert "(arXiv 2311.17042); please cite it too." in text_of(tmp_path).split("## Citation")[1]
+    by_hand.save_pretrained(tmp_path / "ours")
+    assert "please cite it too" not in text_of(tmp_path / "ours")
+    assert {"advkd", *card.METHODS} == set(Preset.__dataclass_fields__["method"].type.__args__)
 
 
 def test_the_readme_says_how_to_share():

@@ -136,6 +136,19 @@ def test_training_takes_over_what_a_given_store_was_made_with(tmp_path, monkeypa
     assert (trained[0].sampler_steps, trained[0].trajectories) == (10, 12)  # the preset itself has 50 and 5000
 
 
+@pytest.mark.parametrize(
+    ("method", "fields", "count"),
+    [("add", [], 64), ("add", ["--set", "trajectories=99"], 99), ("regression", [], 5000), ("advkd", [], 5000)],
+)
+def test_a_method_that_learns_from_no_trajectories_waits_for_none(tmp_path, monkeypatch, method, fields, count):
+    made = []
+    record = SimpleNamespace(step=1, images_seen=1)
+    monkeypatch.setattr("advkd.trajectories.generate_trajectories", lambda _, preset, *__, **___: made.append(preset))
+    monkeypatch.setattr("advkd.run.train_run", lambda *_, **__: [record])
+    assert invoke("train", "--method", method, *fields, "--out", tmp_path).exit_code == 0
+    assert made[0].trajectories == count
+
+
 def test_an_interrupted_teacher_is_not_overwritten(tmp_path):
     (tmp_path / "checkpoint.safetensors").write_bytes(b"")
     assert_user_error(invoke("teacher", "--out", tmp_path), "holds an interrupted run; go on with --resume")

@@ -238,3 +238,9 @@ def test_the_time_of_a_step_leaves_out_the_first_and_the_last(tiny_job, monkeypa
     monkeypatch.setattr(head_to_head, "train_run", training)
     monkeypatch.setattr(head_to_head.time, "process_time", lambda: now[0])
     assert head_to_head._measure_step(preset) == 0.25
+
+
+def test_a_method_without_steps_is_named(monkeypatch):
+    monkeypatch.setitem(head_to_head.CONTESTANTS, "mine", ("regression", {}, (1,)))
+    with pytest.raises(UserError, match=r"how many steps of 'mine' are budget 1; add them to STEPS\['digits'\]"):
+        head_to_head.jobs.__wrapped__("digits")
