@@ -232,11 +232,11 @@ Markdown(markdown(parts, {field: SUMMARY[field] for field in fields}))
 #   nearest mode of the teacher's distribution. In ADD a text says which image is meant; an unconditional teacher has
 #   nothing to say, and every student's image may become the same.
 # - So here **the adversarial part alone** does as well as both: in one step 0.85 against 0.92 at budget 1 and 0.32 against 0.40 at budget 4,
-#   in four 0.53 against 0.43 and 0.31 against 0.33 (one seed against three). That is not what ADD's ablation found for images from
+#   in four 0.49 against 0.43 and 0.31 against 0.33 (two seeds at budget 1, one at budget 4, against three). That is not what ADD's ablation found for images from
 #   text, and the above is the likely reason: what the teacher would add is said by the real images already.
-# - **A random start** is three times as far from real images as the teacher's weights in one step and ten times in four, as ADD's
+# - **A random start** is three times as far from real images as the teacher's weights in one step and nine times in four, as ADD's
 #   paper found too.
-# - **Our submodules** get to 1.8 by ADD's losses, after a quarter of their steps of regression, where Adv-KD's reach 0.43. So on one and the
+# - **Our submodules** get to 1.6 by ADD's losses, after a quarter of their steps of regression, where Adv-KD's reach 0.43. So on one and the
 #   same network Adv-KD's losses, a critic that learns its own features and the pairs to the end, do better here. ADD was not tuned
 #   for it but for the student's learning rate: with Adv-KD's, $10^{-3}$, it ended in few modes (14, recall 0.10; one run).
 #
