@@ -197,10 +197,10 @@ Markdown(markdown(table, SUMMARY))
 # - **Adv-KD** is ahead of all other one-step students of budget 1 by distance, with a quarter of their parameters and a third of their time
 #   per image. Its critic is its own network and learns, it sees real images, and its pairs cost 250,000 evaluations of the teacher
 #   beforehand (as regression's do), which ADD, progressive and consistency distillation do without. By recall it is behind
-#   regression, progressive and consistency distillation (0.70 against 0.86), and 2 % of its images are near-copies of training images,
+#   regression, progressive and consistency distillation (0.70 against 0.86 and more), and 2 % of its images are near-copies of training images,
 #   five times as many as of ADD's. Four times the training (one seed) buys recall, 0.82, and hardly any distance, 0.39; and the pull towards the training
-#   images grows: 0.68 of the samples are nearer to them than to as many held-out ones, instead of 0.62.
-# - **ADD** comes next, asks the teacher for nothing beforehand, and gets nearer with every step and with training. It was to reach 1.5 times DDIM-50's
+#   images grows: 0.68 of the samples are nearer to them than to as many held-out ones, instead of 0.63.
+# - **ADD** comes next, asks the teacher for nothing beforehand, and gets nearer to the train split with every step and with training. It was to reach 1.5 times DDIM-50's
 #   distance (0.48) in one step and 1.0 times in four. At budget 1 it **does the second (0.43) and not the first (0.92)**; at budget 4 it
 #   **does both**: 0.40 in one step, 0.33 in four. There it is level with Adv-KD on the train split in one step and nearer to the held-out images
 #   (1.05 against 1.41), with half as many near-copies.
@@ -272,8 +272,8 @@ figure, axes = plt.subplots(-(-len(drawn) // columns), columns, figsize=(10, 1.5
 for ax in axes.flat:
     ax.set_axis_off()
 for ax, row in zip(axes.flat, drawn, strict=False):
-    more = f" (budget {row['budget']})" if row["budget"] not in (None, 1) else ""
-    show_images(ax, images[image_key(row)][:18], 6, f"{row['method']}: {row['steps']}{more}")
+    how = f"{row['steps']} steps" + (f", budget {row['budget']}" if row["budget"] not in (None, 1) else "")
+    show_images(ax, images[image_key(row)][:18], 6, f"{row['method']}\n{how.replace('1 steps', '1 step')}")
     ax.title.set_fontsize(6.5)
 figure.tight_layout()
 _ = save_figure(figure, f"figures/{preset}", "methods_samples")

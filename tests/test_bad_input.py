@@ -256,7 +256,7 @@ CASES = [
     ),
     Case("a budget", nothing, "compare --budget 3", "no budget 3.0; budgets: "),
     Case("a budget that is no number", nothing, "compare --budget nan", "no budget nan; budgets: "),
-    Case("a contestant", nothing, "compare --method gan", "no method 'gan'; methods: Adv-KD, "),
+    Case("a contestant", nothing, "compare --method gan", "no method 'gan'; methods: 'Adv-KD', "),
     Case("a study of another preset", nothing, "compare --preset cifar10", "'cifar10'; presets: digits"),
     Case(
         "ablations of another preset",
