@@ -21,10 +21,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            click.echo(
-                "advkd: interrupted; what was made stays (of a training, its last checkpoint: every 500 steps)",
-                err=True,
-            )
+            click.echo("advkd: interrupted; what was made stays (of a training, its last checkpoint)", err=True)
             sys.exit(130)
 
     def main(self, *args, **kwargs):
@@ -513,7 +510,10 @@ def quality(name: str, paper_epochs: float, chosen: tuple[str, ...], workers: in
 @click.option("--seed", "seeds", type=int, multiple=True, help="Only this training seed.")
 @WORKERS
 def compare(name: str, methods: tuple[str, ...], budgets: tuple[float, ...], seeds: tuple[int, ...], workers: int):
-    """Train and measure all methods side by side in figures/PRESET/head_to_head.json (hours from nothing; resumable)."""
+    """Train and measure all methods side by side in figures/PRESET/head_to_head.json (hours from nothing; resumable).
+
+    Rows are made of the trainings in runs/: where one is missing, it is trained, also if the table has its row.
+    """
     from advkd.figures import check_table, keep_row
     from advkd.head_to_head import (
         BUDGETS,

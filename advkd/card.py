@@ -10,7 +10,7 @@ from torchvision.utils import save_image
 
 from advkd.denoiser import Denoiser
 from advkd.files import write_atomic, write_text
-from advkd.presets import ASSETS, TRAIN_TIMESTEPS, UserError, late_fields
+from advkd.presets import ASSETS, TRAIN_TIMESTEPS, UserError, late_fields, learns_from_trajectories
 from advkd.student import Student, count_parameters
 
 CARD, GRID = "README.md", "samples.png"
@@ -261,12 +261,18 @@ def _origin(preset: dict, facts: dict) -> str:
         where = f"[{teacher}](https://huggingface.co/{teacher}), revision `{facts['teacher_revision']}`"
     else:
         where = f"`{teacher}`, " + ("shipped with `advkd`" if is_shipped(teacher) else "a folder")
-    count = _value(made.get("trajectories", preset["trajectories"]))
+    if learns_from_trajectories(preset):
+        trajectories = (
+            f"{_value(made.get('trajectories', preset['trajectories']))} of the teacher's, {preset['sampler']} with "
+            f"{preset['sampler_steps']} of {TRAIN_TIMESTEPS} steps in {preset['teacher_dtype']}, noise of seed "
+            f"{preset['trajectory_seed']}"
+        )
+    else:
+        trajectories = "none; the training asked the teacher itself"
     return (
         f"- Real images: {data}; {used}\n"
         f"- Teacher: {where}; fingerprint of weights and schedule `{made.get('teacher_fingerprint', UNKNOWN)}`\n"
-        f"- Trajectories: {count} of the teacher's, {preset['sampler']} with {preset['sampler_steps']} of "
-        f"{TRAIN_TIMESTEPS} steps in {preset['teacher_dtype']}, noise of seed {preset['trajectory_seed']}"
+        f"- Trajectories: {trajectories}"
     )
 
 

@@ -14,6 +14,7 @@ from advkd.files import differences, fingerprint, first_line, write_atomic
 from advkd.presets import UserError
 
 CHECKPOINT_EVERY = 500  # steps of a training
+AT_LEAST, PARTS = 50, 10  # of a short one, a tenth of its steps, but no fewer than 50
 ABOUT = "advkd"  # what a checkpoint says beside its tensors
 
 
@@ -32,6 +33,12 @@ def save_checkpoint(
     about = {"state": state, "groups": groups, "checksum": fingerprint(tensors, json.dumps([state, groups]))}
     # Under one name, since safetensors writes several in another order every time.
     write_atomic(Path(path), lambda temporary: save_file(tensors, temporary, {ABOUT: json.dumps(about)}))
+
+
+def checkpoint_due(step: int, total: int) -> bool:
+    """Whether a training of `total` steps writes a checkpoint after this one (from 1): ten times or every 500 steps, whichever
+    is sooner, but at least 50 apart; and at the end."""
+    return step == total or step % min(CHECKPOINT_EVERY, max(AT_LEAST, total // PARTS)) == 0
 
 
 def _packed(tensor: torch.Tensor) -> torch.Tensor:

@@ -72,7 +72,7 @@ PUBLISHED = [
         ("progressive distillation", "CIFAR-10", "9.12", "", "Salimans and Ho 2022 (arXiv 2202.00512)"),
         ("consistency distillation", "CIFAR-10", "3.55", "", "Song et al. 2023 (arXiv 2303.01469), abstract"),
         ("DMD", "ImageNet, 64 px", "2.62", "", "Yin et al. 2024 (arXiv 2311.18828), abstract"),
-        ("GDD", "CIFAR-10", "1.54", "", "Zheng and Yang 2024 (arXiv 2405.20750), abstract"),
+        ("GAN distillation, GDD", "CIFAR-10", "1.54", "", "Zheng and Yang 2024 (arXiv 2405.20750), abstract"),
         ("ADD", "COCO, zero-shot, 512 px", "20.6", "", "Sauer et al. 2023 (arXiv 2311.17042), ablations"),
         ("Adv-KD", "CelebA-HQ, 256 px", "142.54", "2.43M", "arXiv 2405.20675, table 1"),
     )

@@ -89,8 +89,8 @@ class Panel(ipywidgets.VBox):
     """Asks which of two grids of images looks better; methods are named nowhere. Both sides start from the same noise.
 
     `samples` are images `(n, c, h, w)` in [-1, 1] of every method, made from the same noise in the same order, which the voter
-    has not seen beside their names. Votes are added to the CSV file `path`; a voter who comes back is asked the next question. Raises UserError for fewer than two
-    methods, for too few images and for different numbers of them.
+    has not seen beside their names. Votes are added to the CSV file `path`; a voter who comes back is asked the next question.
+    Raises UserError for fewer than two methods, for too few images and for different numbers of them.
     """
 
     def __init__(self, samples: dict[str, Tensor], path: Path | str, voter: str = "anonymous"):
@@ -110,7 +110,13 @@ class Panel(ipywidgets.VBox):
         self._ask()
 
     def _on_click(self, place: int) -> Callable[[object], None]:
-        return lambda _: self.vote(place)
+        def click(_: object) -> None:
+            try:
+                self.vote(place)
+            except UserError as error:  # a widget's errors go to a log that nobody sees
+                self.said.value = f"not counted: {error}"
+
+        return click
 
     def vote(self, place: int) -> None:
         """Say that the left (0) or the right (1) of what is shown is better; asks the next question."""

@@ -114,7 +114,7 @@ class Preset:
     @property
     def learns_from_trajectories(self) -> bool:
         """Whether the training asks for what the teacher made of noise, or for real images and the teacher alone."""
-        return self.method in ("advkd", "regression") or bool(self.warm_up_steps) or not self.real_share
+        return learns_from_trajectories(vars(self))
 
     @property
     def config_hash(self) -> str:
@@ -124,6 +124,11 @@ class Preset:
     def replace(self, **overrides) -> "Preset":
         """A copy with other field values. Raises UserError that lists the fields when one does not exist."""
         return _with(self, overrides)
+
+
+def learns_from_trajectories(fields: dict) -> bool:
+    """`Preset.learns_from_trajectories` of the fields of a preset."""
+    return fields["method"] in ("advkd", "regression") or bool(fields["warm_up_steps"]) or not fields["real_share"]
 
 
 def asdict(preset: Preset) -> dict:

@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 from advkd.card import run_facts
-from advkd.checkpoints import CHECKPOINT_EVERY, read_checkpoint_state
+from advkd.checkpoints import checkpoint_due, read_checkpoint_state
 from advkd.data import load_images
 from advkd.denoiser import Denoiser
 from advkd.devices import label, pick_device, precision, processes
@@ -140,7 +140,7 @@ def _train(
     with bar, _board(logs, len(earlier)) as board:
         for record in steps:
             records.append(record)
-            if record.step % CHECKPOINT_EVERY == 0 or record.step == total:
+            if checkpoint_due(record.step, total):
                 write_csv(folder / CURVES, records)
                 write_json(folder / RUN, about | {clock: now() - start[clock] for clock, now in CLOCKS.items()})
             if record.step % 20 == 0:

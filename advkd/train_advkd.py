@@ -41,8 +41,8 @@ def train_advkd(
     moving average, where the preset has one) in `student`.
 
     `make_critic(k)` gives a new critic `(image, latent) -> logits` for submodule k. `images` `(n, c, h, w)` in [-1, 1]
-    are real training images, wanted where `preset.real_share > 0`. `checkpoint` is a file written every 500 steps and
-    after the last; with `resume` training goes on from it and gives the weights of a run that was not stopped.
+    are real training images, wanted where `preset.real_share > 0`. `checkpoint` is a file written as
+    `checkpoints.checkpoint_due` says; with `resume` training goes on from it and gives the weights of a run that was not stopped.
     Several processes (`accelerate launch`) share every batch and take the steps of one, to rounding; the first
     writes. Of a GPU the records of 50 steps are read at once.
     Raises UserError if the checkpoint was made with another preset and if a loss is not finite.

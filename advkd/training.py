@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from advkd.checkpoints import CHECKPOINT_EVERY, load_checkpoint, read_checkpoint_state, save_checkpoint
+from advkd.checkpoints import checkpoint_due, load_checkpoint, read_checkpoint_state, save_checkpoint
 from advkd.data import batch_generator, make_latent
 from advkd.devices import all_mean, average_gradients, precision, processes, to_device, with_global_batches
 from advkd.files import differences
@@ -134,9 +134,9 @@ def walk(
 ) -> Iterator[TrainRecord]:
     """All steps of a loop; yields a record each. Of a GPU the records of 50 steps are read at once.
 
-    `checkpoint` is written by the first process every 500 steps and after the last; with `resume` the walk goes on from
-    it. Raises UserError if the checkpoint was made with another preset or of other trajectories, and if a loss or a
-    gradient is not finite.
+    `checkpoint` is written by the first process as `checkpoint_due` says; with `resume` the walk goes on from it.
+    Raises UserError if the checkpoint was made with another preset or of other trajectories, and if a loss or a gradient is not
+    finite.
     """
     state = {"preset": asdict(preset), "trajectories": trajectories.config, "step": 0}
     if resume and checkpoint and checkpoint.exists():
@@ -150,7 +150,7 @@ def walk(
     for step in range(state["step"], loop.steps):
         stage, seen, values = loop.step(step)
         made.append(_Made(step + 1, stage, seen, list(values), all_mean(torch.stack(list(values.values())))))
-        due = (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == loop.steps
+        due = checkpoint_due(step + 1, loop.steps)
         if due or len(made) == (1 if loop.device.type == "cpu" else READ_EVERY):
             yield from _read(made, preset)  # first, so that the caller's log is never behind the checkpoint
             made.clear()

@@ -385,8 +385,9 @@ def test_the_card_cites_what_the_citation_file_does():
     assert f"license = {{{cited['license']}}}" in card.CITATION
 
 
-def test_the_card_names_the_paper_of_another_method(few_step, by_hand, tmp_path):
+def test_the_card_of_another_method_names_its_paper_and_no_trajectories(few_step, by_hand, tmp_path):
     few_step.save_pretrained(tmp_path)
+    assert "- Trajectories: none; the training asked the teacher itself" in text_of(tmp_path)
     assert "(arXiv 2311.17042); please cite it too." in text_of(tmp_path).split("## Citation")[1]
     by_hand.save_pretrained(tmp_path / "ours")
     assert "please cite it too" not in text_of(tmp_path / "ours")

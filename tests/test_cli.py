@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from advkd import run, training
+from advkd import run
 from advkd.__main__ import cli
 from advkd.data import load_images
 from advkd.evaluation import Metric, sample_student
@@ -230,8 +230,7 @@ def test_any_field_can_be_set_and_a_student_is_judged_by_what_it_was_trained_for
 
 
 def test_an_interrupted_training_says_how_to_go_on(tmp_path, monkeypatch, store, improved):
-    for module in (run, training):
-        monkeypatch.setattr(module, "CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr("advkd.checkpoints.CHECKPOINT_EVERY", 2)
     started = run.train_run(improved.replace(real_share=0.0), store, tmp_path, device="cpu")
     for record in started:
         if record.step == 3:

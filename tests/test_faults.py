@@ -25,7 +25,7 @@ import torch
 from jupyter_client.manager import start_new_kernel
 from PIL import Image
 
-from advkd import ablations, folder, quality, reproduce, run, teacher, training
+from advkd import ablations, checkpoints, folder, quality, reproduce, teacher
 from advkd.__main__ import cli
 from advkd.ablations import Job
 from advkd.checkpoints import save_checkpoint
@@ -114,7 +114,7 @@ def _without_clocks(value):
 @pytest.fixture
 def often(monkeypatch):
     """Checkpoints every second step."""
-    for module in (run, training, teacher):
+    for module in (checkpoints, teacher):
         monkeypatch.setattr(module, "CHECKPOINT_EVERY", 2)
 
 
@@ -366,11 +366,11 @@ def test_an_interrupted_cell_that_is_run_again_ends_with_the_same_student(tmp_pa
     manager, client = start_new_kernel(cwd=str(tmp_path))
     prepare = f"""
 import os, signal, torch
-from advkd import run, training
+from advkd import checkpoints
 from advkd.presets import load_preset
 from advkd.run import finish, train_run
 from advkd.trajectories import TrajectoryStore
-run.CHECKPOINT_EVERY = training.CHECKPOINT_EVERY = 5
+checkpoints.CHECKPOINT_EVERY = 5
 torch.set_num_threads(1)
 store = TrajectoryStore({str(store.folder)!r})
 p = load_preset("digits", teacher={str(teacher_folder)!r}, submodules=3, widths=(4, 6), batch_sizes=(4,), steps=60,

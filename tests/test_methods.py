@@ -415,8 +415,7 @@ def test_a_method_moves_its_student_and_nothing_that_is_frozen(tmp_path, monkeyp
 def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(
     tmp_path, monkeypatch, method, store, images, recipe
 ):
-    for module in (run, training):
-        monkeypatch.setattr(module, "CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr("advkd.checkpoints.CHECKPOINT_EVERY", 2)
     p = method(recipe, steps=10)  # progressive: five phases
     given = {"images": images if p.real_share else None, "device": "cpu"}
     finish(train_run(p, store, tmp_path / "whole", **given))

@@ -84,6 +84,15 @@ def test_a_double_click_is_one_vote(tmp_path):
     assert len(read_votes(tmp_path / "votes.csv")) == 1
 
 
+def test_a_file_that_was_damaged_meanwhile_is_named_below_the_images(tmp_path):
+    path = tmp_path / "votes.csv"
+    panel = Panel({"a": torch.zeros(9, 3, 8, 8), "b": torch.ones(9, 3, 8, 8)}, path)
+    path.write_text("voter,pair,left,right,winner\nanonymous,zero,a,b,a\n")
+    panel.shown_at -= 1
+    panel.buttons[0].click()
+    assert panel.said.value == f"not counted: {path}, line 2 is no vote; remove it" and panel.asked == 0
+
+
 @pytest.mark.parametrize("counts", [{"a": 9}, {"a": 9, "b": 10}, {"a": 8, "b": 8}])
 def test_a_panel_needs_something_to_show(tmp_path, counts):
     with pytest.raises(UserError, match="must be two methods or more"):

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_sample_images
 
-from advkd import presets, run, train_advkd, training, trajectories
+from advkd import presets, train_advkd, training, trajectories
 from advkd.__main__ import cli
 from advkd.data import load_images
 from advkd.files import sha256
@@ -242,8 +242,7 @@ def test_a_store_that_was_killed_before_it_was_sealed_is_sealed(tmp_path, monkey
 def test_a_training_that_was_killed_goes_on_to_equal_weights_ten_times_out_of_ten(
     tmp_path, monkeypatch, improved, store
 ):
-    for module in (run, training):
-        monkeypatch.setattr(module, "CHECKPOINT_EVERY", 5)
+    monkeypatch.setattr("advkd.checkpoints.CHECKPOINT_EVERY", 5)
     preset, images = improved.replace(steps=30), load_images(improved, "train")[0][:32]
     started = time.process_time()
     train(preset, store.folder, images, tmp_path / "undisturbed")

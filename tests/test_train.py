@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from advkd import losses, run, train_advkd, training
-from advkd.checkpoints import read_checkpoint_state
+from advkd import losses, run, train_advkd
+from advkd.checkpoints import checkpoint_due, read_checkpoint_state
 from advkd.data import load_images, make_latent, seeded_noise
 from advkd.devices import label, pick_device
 from advkd.discriminator import make_discriminator
@@ -32,8 +32,7 @@ def every(monkeypatch):
     """Set how often a checkpoint is written."""
 
     def change(steps):
-        for module in (run, training):
-            monkeypatch.setattr(module, "CHECKPOINT_EVERY", steps)
+        monkeypatch.setattr("advkd.checkpoints.CHECKPOINT_EVERY", steps)
 
     return change
 
@@ -447,6 +446,14 @@ def test_a_folder_of_unknown_origin_is_refused(tmp_path, paper, store):
     (tmp_path / "run.json").unlink()
     with pytest.raises(UserError, match=r"does not say what it holds \(no run\.json\)"):
         next(run.train_run(paper, store, tmp_path, device="cpu"))
+
+
+@pytest.mark.parametrize(
+    "total, first", [(12, [12]), (60, [50, 60]), (720, [72, 144, 216]), (3500, [350, 700]), (10_000, [500, 1000])]
+)
+def test_a_short_training_loses_no_more_than_a_tenth(total, first):
+    due = [step for step in range(1, total + 1) if checkpoint_due(step, total)]
+    assert due[: len(first)] == first and due[-1] == total
 
 
 def test_a_finished_run_needs_no_checkpoint(tmp_path, paper, store):
