@@ -58,6 +58,18 @@ STEPS = {
         "consistency distillation": 1480,
         "DMD": 580,
     },
+    "glyphs": {
+        "ADD": 1650,
+        "ADD, adversarial alone": 2090,
+        "ADD, distillation alone": 2370,
+        "ADD, random start": 1650,
+        "ADD, submodules": 3830,
+        "regression": 3560,
+        "regression, submodules": 17200,
+        "progressive distillation": 2270,
+        "consistency distillation": 2200,
+        "DMD": 1000,
+    },
 }
 WARM_UP = 0.25  # share of ADD's steps with our submodules, which inherit no weights
 SCORE = "head_to_head-{steps}.json"
