@@ -188,17 +188,17 @@ table = means(rows, ("method", "budget", "steps"))
 Markdown(markdown(table, SUMMARY))
 
 # %% [markdown]
-# **How many seeds a row has, the table says** (three training seeds for Adv-KD, one at budget 4, and for ADD; others have one or two so far, and most of them
-# budget 1 alone; the teacher: three sampling seeds); `python -m advkd compare` makes what is missing. So take the order of single
-# seeds for a first impression, and small differences for none. The budgets were set on a processor that computes in bfloat16, where
+# **How many seeds a row has, the table says** (three training seeds at budget 1, but for parts of ADD, which have one or two so far; at budget 4 three
+# of ADD, one of Adv-KD and of ADD's adversarial part; the teacher: three sampling seeds); `python -m advkd compare` makes what is missing.
+# So take single seeds for a first impression, and small differences for none. The budgets were set on a processor that computes in bfloat16, where
 # they were to take as long as Adv-KD's (by the rows 0.9 to 1.3 times its CPU time, beside other work); "training compute" is in float32 on one without it (AMD, AVX2), where the others'
-# took up to half as much more. ADD's first two seeds of budget 1 and the first of its parts (adversarial alone, distillation alone, random start) were trained there (`dtype`).
+# took up to half as much more. Nearly half of the students were trained there, in float32 (`dtype` in the table's file).
 # Students are sampled with one seed here, the teacher with three; over three Adv-KD scores 0.355 (notebook 5). By these rows:
 #
 # - **Adv-KD** is ahead of all other one-step students of budget 1 by distance, with a quarter of the U-Nets' parameters and little more than a
 #   third of their time per image. Its critic is its own network and learns, it sees real images, and its pairs cost 250,000 evaluations of the teacher
 #   beforehand (as regression's do), which ADD, progressive and consistency distillation do without. By recall it is level with ADD and
-#   behind DMD (0.77), regression, progressive and consistency distillation (0.86 and more), and 2 % of its images are near-copies of training images,
+#   behind DMD (0.78), regression and progressive distillation (0.87), and 2 % of its images are near-copies of training images,
 #   five times as many as of ADD's in one step. Four times the training (one seed) buys recall, 0.82, and hardly any distance, 0.39; and the pull towards the training
 #   images grows: 0.68 of the samples are nearer to them than to as many held-out ones, instead of 0.63.
 # - **ADD** comes next, asks the teacher for nothing beforehand, and gets nearer to the train split with more steps (at budget 4 no more beyond two) and with training. It was to reach 1.5 times DDIM-50's
@@ -207,7 +207,11 @@ Markdown(markdown(table, SUMMARY))
 #   (1.05 against 1.41), with half as many near-copies, but behind by recall (0.75 against 0.82).
 # - **Pair regression** is three times as far as Adv-KD, with nearly the recall of the teacher: the U-Net is given the whole noise, and the
 #   teacher's map from noise to image is smooth enough to be learnt. With our submodules, which see sixteen numbers of it, it is twenty times as far.
-# - **Progressive and consistency distillation and DMD** are further off. They are known to need long trainings; see above on fairness.
+# - **Progressive distillation and DMD** are further off (3.1 and 4.5). They are known to need long trainings; see above on fairness.
+# - **Consistency distillation** is not stable here, and its row says little about the method: with one training seed it ends at 6.4 in one step and 4.9
+#   in four; with the two others its loss jumps up again and again, and it ends at 31 and 69 in one step, with images washed out. Its target is
+#   the student's own answer, with batches of 64 and a learning rate that was not chosen for it. At a third of the rate (seed 0, one run, not in
+#   the table) it ended at 12.9 in one step and 9.4 in four.
 # - **The teacher** in eight steps of DPM-Solver++ is as near to the train split as in fifty of DDIM, but not to held-out images (1.67 against 1.43); in one to four it is far behind ADD.
 #
 # ### The parts of ADD
@@ -235,10 +239,11 @@ Markdown(markdown(parts, {field: SUMMARY[field] for field in fields}))
 # - So here **the adversarial part alone** does as well as both: in one step 0.85 against 0.92 at budget 1 and 0.32 against 0.40 at budget 4,
 #   in four 0.49 against 0.43 and 0.31 against 0.33 (two seeds at budget 1, one at budget 4, against three). That is
 #   by distance to the train split; at budget 4 one step of both is nearer to held-out images (1.05 against 1.20). ADD's ablation has much
-#   the same order (FID 20.8 adversarial alone, 20.6 both, paper); its authors call both losses essential, with text in mind too.
+#   the same order (FID 20.8 adversarial alone, 20.6 both, paper); its authors call both losses essential, with text in mind too. Zheng and Yang
+#   (2025, arXiv 2506.09376) argue that a GAN's loss alone is enough to make a one-step student of a diffusion model.
 # - **A random start** is three times as far from real images as the teacher's weights in one step and nine times in four; in ADD's
 #   paper it fails altogether.
-# - **Our submodules** get to 1.6 by ADD's losses, after a quarter of their steps of regression, where Adv-KD's reach 0.43. So on one and the
+# - **Our submodules** get to 1.5 by ADD's losses, after a quarter of their steps of regression, where Adv-KD's reach 0.43. So on one and the
 #   same network Adv-KD's losses, a critic that learns its own features and the pairs to the end, do better here. ADD was not tuned
 #   for it but for the student's learning rate: with Adv-KD's, $10^{-3}$, it ended in few modes (14, recall 0.10; one run).
 #
