@@ -209,7 +209,7 @@ Markdown(markdown(table, SUMMARY))
 #   teacher's map from noise to image is smooth enough to be learnt. With our submodules, which see sixteen numbers of it, it is twenty times as far.
 # - **Progressive distillation and DMD** are further off (3.1 and 4.5). They are known to need long trainings; see above on fairness.
 # - **Consistency distillation** is not stable here, and its row says little about the method: with one training seed it ends at 6.4 in one step and 4.9
-#   in four; with the two others its loss jumps up again and again, and it ends at 31 and 69 in one step, with images washed out. Its target is
+#   in four; with the two others, whose loss jumps up again and again (the first one's was not kept), it ends at 31 and 69 in one step. Its target is
 #   the student's own answer, with batches of 64 and a learning rate that was not chosen for it. At a third of the rate (seed 0, one run, not in
 #   the table) it ended at 12.9 in one step and 9.4 in four.
 # - **The teacher** in eight steps of DPM-Solver++ is as near to the train split as in fifty of DDIM, but not to held-out images (1.67 against 1.43); in one to four it is far behind ADD.
