@@ -68,7 +68,7 @@ class Preset:
     learning_rate: float
     betas: tuple[float, float]
     decay_share: float  # the learning rate falls linearly to 0 over this last share of the steps
-    ema: float  # 0 turns the moving average off
+    ema: float  # decay of the moving average, which is reported and which consistency distillation follows; 0: none
     train_dtype: Literal["float32", "bfloat16"]
     # What has a default was added later: it counts in no hash and no file while it has it, so that what was made before
     # is still found.
@@ -480,7 +480,9 @@ _METHODS = {
     ),
     "regression": _UNET | dict(method="regression", real_share=0.0),
     "progressive": _UNET | dict(method="progressive", student_grid=16),
-    "consistency": _UNET | dict(method="consistency", student_grid=20, student_timesteps=(249, 499, 749, 999)),
+    # The average is the target too: with 0.998 it would be one of 500 steps.
+    "consistency": _UNET
+    | dict(method="consistency", student_grid=20, student_timesteps=(249, 499, 749, 999), ema=0.95),
     "dmd": _UNET | dict(method="dmd", real_share=0.0, reconstruction_weight=0.25),
 }
 

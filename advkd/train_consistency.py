@@ -25,10 +25,10 @@ def train_consistency(
     resume: bool = False,
     device: str = "auto",
 ) -> Iterator[TrainRecord]:
-    """Train `student` to expect at x_t what it expects one DDIM step of `teacher` later, on a grid of
-    `preset.student_grid` timesteps; after the last step that is the teacher's image itself. `images` are real ones
-    `(n, c, h, w)` in [-1, 1]; without them the last states of the trajectories stand in. Everything else is as in
-    `train_advkd`.
+    """Train `student` to expect at x_t what its moving average (without one, itself) expects one DDIM step of `teacher`
+    later, on a grid of `preset.student_grid` timesteps; after the last step that is the teacher's image itself. `images`
+    are real ones `(n, c, h, w)` in [-1, 1]; without them the last states of the trajectories stand in. Everything else
+    is as in `train_advkd`.
     """
     device = pick_device(device)
     data = Data(trajectories, images, preset, device)
@@ -56,23 +56,26 @@ class _Loop:
         """There is one stage."""
 
     def step(self, step: int) -> tuple[int, int, dict[str, Tensor]]:
-        """One update; the target is the student's own, without gradient (Song and Dhariwal 2023, section 3.2)."""
+        """One update towards the target of the moving average (Song et al. 2023, algorithm 2), or, without one, of the
+        student itself (Song and Dhariwal 2023, section 3.2), in both cases without gradient."""
         p, generator, optimizer = (
             self.preset,
             batch_generator(self.preset.seed, step, 1),
             self.optimizers["student_optimizer"],
         )
         optimizer.param_groups[0]["lr"] = self.plan.learning_rate(step)
+        average = self.modules.get("average")
+        followed = self.student if average is None else average
         x0, grid = self.data.real(generator), p.student_grid
         which = self.mine.of(torch.randint(grid, (p.batch_size(0),), generator=generator)).to(self.device)
         t, end = timestep(which + 1, grid), timestep(which, grid)
         xt = self.teacher.noised(x0, self.mine.randn(generator, *x0.shape), t)
         with autocast(p, self.device):
             with torch.no_grad():
-                target = consistency_target(self.student, self.teacher, xt, t, end)
+                target = consistency_target(followed, self.teacher, xt, t, end)
             image = self.student(xt, t)
         loss = pseudo_huber(image, target)
-        return 0, self.plan.images_seen(step), descend(loss, self.student, optimizer, self.modules.get("average"))
+        return 0, self.plan.images_seen(step), descend(loss, self.student, optimizer, average)
 
     def finish(self) -> None:
         """Leave the reported weights in the student."""

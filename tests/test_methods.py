@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import nn
 
-from advkd import losses, run, train_add, training
+from advkd import losses, run, train_add, train_consistency, training
 from advkd.data import load_images, seeded_noise
 from advkd.denoiser import Denoiser
 from advkd.features import BatchNormLocal, DinoFeatures, Head, Heads, TeacherFeatures, augmented, make_heads
@@ -371,6 +371,21 @@ def test_a_consistent_target_ends_in_the_teachers_image(teacher, method, denoise
         after = denoiser.ddim(xt, expected, t, end)
         torch.testing.assert_close(target[:1], other(after[:1], end[:1]), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(target[1], expected[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ema", [0.9, 0.0])
+def test_consistency_follows_the_moving_average_where_there_is_one(tmp_path, monkeypatch, method, store, images, ema):
+    asked = []
+
+    def watched(student, *rest):
+        target = consistency_target(student, *rest)
+        asked.append((student, target.requires_grad))
+        return target
+
+    monkeypatch.setattr(train_consistency, "consistency_target", watched)
+    finish(train_run(method("consistency", ema=ema, steps=2), store, tmp_path, images=images, device="cpu"))
+    assert [isinstance(student, training.MovingAverage) for student, _ in asked] == [bool(ema)] * 2
+    assert not any(gradient for _, gradient in asked)
 
 
 def test_timesteps_are_even_and_end_with_noise():
