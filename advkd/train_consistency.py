@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from advkd.data import batch_generator
 from advkd.denoiser import Denoiser
@@ -35,11 +35,11 @@ def train_consistency(
     yield from walk(_Loop(student, teacher, data, preset, device), preset, trajectories, checkpoint, resume)
 
 
-def consistency_target(student: Denoiser, teacher: Denoiser, xt: Tensor, t: Tensor, end: Tensor) -> Tensor:
-    """What the student expects after a DDIM step of the teacher from x_t to timestep `end`; where that is -1, the clean
-    image, what the step ends with."""
+def consistency_target(followed: nn.Module, teacher: Denoiser, xt: Tensor, t: Tensor, end: Tensor) -> Tensor:
+    """What `followed`, a student or its moving average, expects after a DDIM step of the teacher from x_t to timestep
+    `end`; where that is -1, the clean image, what the step ends with."""
     after = teacher.ddim(xt, teacher(xt, t), t, end)
-    return torch.where((end < 0).view(-1, 1, 1, 1), after, student(after, end.clamp(min=0)))
+    return torch.where((end < 0).view(-1, 1, 1, 1), after, followed(after, end.clamp(min=0)))
 
 
 class _Loop:
@@ -70,9 +70,11 @@ class _Loop:
         which = self.mine.of(torch.randint(grid, (p.batch_size(0),), generator=generator)).to(self.device)
         t, end = timestep(which + 1, grid), timestep(which, grid)
         xt = self.teacher.noised(x0, self.mine.randn(generator, *x0.shape), t)
-        with autocast(p, self.device):
-            with torch.no_grad():
-                target = consistency_target(followed, self.teacher, xt, t, end)
+        with torch.no_grad(), autocast(p, self.device):
+            target = consistency_target(followed, self.teacher, xt, t, end)
+        with autocast(
+            p, self.device
+        ):  # another one: weights that it casts without gradient would be kept for this pass
             image = self.student(xt, t)
         loss = pseudo_huber(image, target)
         return 0, self.plan.images_seen(step), descend(loss, self.student, optimizer, average)

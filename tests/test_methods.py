@@ -375,17 +375,29 @@ def test_a_consistent_target_ends_in_the_teachers_image(teacher, method, denoise
 
 @pytest.mark.parametrize("ema", [0.9, 0.0])
 def test_consistency_follows_the_moving_average_where_there_is_one(tmp_path, monkeypatch, method, store, images, ema):
-    asked = []
+    made, asked = [], []
 
-    def watched(student, *rest):
-        target = consistency_target(student, *rest)
-        asked.append((student, target.requires_grad))
+    class Watched(train_consistency._Loop):
+        def __init__(self, *given):
+            super().__init__(*given)
+            made.append(self.modules)
+
+    def watched(followed, *rest):
+        target = consistency_target(followed, *rest)
+        asked.append((followed, snapshot(followed), snapshot(made[0]["student"]), target.requires_grad))
         return target
 
+    monkeypatch.setattr(train_consistency, "_Loop", Watched)
     monkeypatch.setattr(train_consistency, "consistency_target", watched)
-    finish(train_run(method("consistency", ema=ema, steps=2), store, tmp_path, images=images, device="cpu"))
-    assert [isinstance(student, training.MovingAverage) for student, _ in asked] == [bool(ema)] * 2
-    assert not any(gradient for _, gradient in asked)
+    finish(train_run(method("consistency", ema=ema, steps=3), store, tmp_path, images=images, device="cpu"))
+    assert [followed for followed, *_ in asked] == [made[0]["average" if ema else "student"]] * 3
+    assert not any(gradient for *_, gradient in asked)
+    name = "unet.conv_in.weight"
+    followed = [weights[f"module.{name}" if ema else name] for _, weights, *_ in asked]
+    current = [weights[name] for *_, weights, _ in asked]
+    assert not torch.equal(followed[0], followed[1]) and not torch.equal(followed[1], followed[2])
+    assert torch.equal(followed[1], current[1]), "the average of one step is that step"
+    assert torch.equal(followed[2], current[2]) == (not ema)
 
 
 def test_timesteps_are_even_and_end_with_noise():
