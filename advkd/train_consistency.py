@@ -72,9 +72,8 @@ class _Loop:
         xt = self.teacher.noised(x0, self.mine.randn(generator, *x0.shape), t)
         with torch.no_grad(), autocast(p, self.device):
             target = consistency_target(followed, self.teacher, xt, t, end)
-        with autocast(
-            p, self.device
-        ):  # another one: weights that it casts without gradient would be kept for this pass
+        # Another autocast: older torch would keep the weights that the first has cast, without their gradients.
+        with autocast(p, self.device):
             image = self.student(xt, t)
         loss = pseudo_huber(image, target)
         return 0, self.plan.images_seen(step), descend(loss, self.student, optimizer, average)
