@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import click
 
@@ -235,7 +236,7 @@ def _say(text: str) -> None:
 @RECIPE
 @click.option(
     "--method",
-    type=click.Choice(["advkd", "add", "regression", "progressive", "consistency", "dmd"]),
+    type=click.Choice(get_args(Preset.__annotations__["method"])),
     default="advkd",
     help="How to distil; all but advkd have one recipe each and train the teacher's U-Net.",
 )
@@ -249,7 +250,7 @@ def _say(text: str) -> None:
 @IMAGES
 @OUT
 @click.option("--resume", is_flag=True, help="Go on from an interrupted run in the same folder.")
-@click.option("--steps", type=click.IntRange(1), help="Optimizer steps (improved recipe).")
+@click.option("--steps", type=click.IntRange(1), help="Optimizer steps (not of the paper's recipe).")
 @click.option("--epochs", type=float, help="Stage k trains for EPOCHS * (k + 1) epochs (paper recipe).")
 @click.option("--seed", type=click.IntRange(0), help="Seed of weights and batches.")
 @SET
@@ -528,9 +529,10 @@ def compare(name: str, methods: tuple[str, ...], budgets: tuple[float, ...], see
     from advkd.head_to_head import compare as run
     from advkd.quality import TRAINING_SEEDS, Judge
 
+    every = jobs(name)
     asked = {
         "method": (methods, (*CONTESTANTS, "teacher")),
-        "budget": (budgets, BUDGETS),
+        "budget": (budgets, BUDGETS[name]),
         "seed": (seeds, TRAINING_SEEDS),
     }
     for what, (given, known) in asked.items():
@@ -538,7 +540,7 @@ def compare(name: str, methods: tuple[str, ...], budgets: tuple[float, ...], see
             raise UserError(f"there is no {what} {unknown[0]!r}; {what}s: {', '.join(map(repr, known))}")
     chosen = [
         job
-        for job in jobs(name)
+        for job in every
         if (job.method in methods or not methods)
         and (job.budget in budgets or not budgets)
         and (job.preset.seed in seeds or not seeds)

@@ -319,11 +319,12 @@ def _settings_panel(ax: Axes, frame: pd.DataFrame, field: str) -> None:
 
 
 def plot_against(rows: list[dict], x: str, y: str, labels: tuple[str, str], log: str = "xy") -> Axes:
-    """Rows as points in the plane of two fields, coloured by `recipe`, named by `name` where they have one; the axes `log`
-    are logarithmic."""
+    """Rows as points in the plane of two fields, coloured by `colour` or else by `recipe`, named by `name` where they have
+    one; the axes `log` are logarithmic."""
     _, ax = plt.subplots(figsize=(6.4, 4.2))
     for row in rows:
-        bars, colour = [row.get(f"{field}_sd") for field in (x, y)], COLOURS[row["recipe"] or "teacher"]
+        bars = [row.get(f"{field}_sd") for field in (x, y)]
+        colour = row.get("colour") or COLOURS[row["recipe"] or "teacher"]
         style = {"fmt": row.get("marker", "o"), "color": colour, "ms": 6, "lw": 1, "capsize": 2}
         ax.errorbar(row[x], row[y], xerr=bars[0], yerr=bars[1], **style)
     ax.set(xlabel=labels[0], ylabel=labels[1])
@@ -394,7 +395,7 @@ def plot_methods(
         of, colour = sorted(of, key=lambda row: row[named]), colours.get(method, TEACHER)
         more = any(curve[0] == method and curve[1] < budget for curve in curves)
         line, inside, name = ("--", "white", f", budget {budget:g}") if more else ("-", colour, "")
-        style = {"fmt": "os^Dv"[methods.index(method) % 5] + line, "color": colour, "mfc": inside}
+        style = {"fmt": "os^DvP*Xph<>"[methods.index(method) % 12] + line, "color": colour, "mfc": inside}
         style |= {"label": method + name, "ms": 6, "lw": 1, "capsize": 2}
         bars = [[row.get(f"{field}_sd") or 0 for row in of] for field in (x, y)]
         ax.errorbar([row[x] for row in of], [row[y] for row in of], xerr=bars[0], yerr=bars[1], **style)

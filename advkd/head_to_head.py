@@ -43,7 +43,7 @@ CONTESTANTS = {
 }
 TEACHERS = {"teacher, DDIM": "ddim", "teacher, DPM-Solver++": "dpm-solver"}
 TEACHER_STEPS = (1, 2, 4, 8, 16, 50)
-BUDGETS = (1, 4)  # times the improved recipe's training
+BUDGETS = {"digits": (1, 4), "glyphs": (0.25, 1)}  # times the improved recipe's training
 # Steps that take as long as the improved recipe's training on one thread of one machine; the rows' `compute` says how nearly.
 STEPS = {
     "digits": {
@@ -104,10 +104,12 @@ SHOWN = {
     "peak_memory_mb": "peak MB",
     "fd_train": "FD, train",
     "fd_heldout": "FD, held out",
+    "fd_unseen": "unseen space, train",
     "kid_train": "KID",
     "precision": "precision",
     "recall": "recall",
     "pull_to_train": "nearer to train",
+    "near_copies": "near-copies",
 }
 SUMMARY = {  # of means over seeds
     **{field: SHOWN[field] for field in ("method", "budget", "steps")},
@@ -115,9 +117,9 @@ SUMMARY = {  # of means over seeds
     **{field: SHOWN[field] for field in ("parameters", "compute", "teacher_evaluations", "ms_per_image")},
     **{field: SHOWN[field] for field in ("peak_memory_mb", "fd_train")},
     "fd_train_sd": "±",
-    **{field: SHOWN[field] for field in ("fd_heldout", "kid_train", "precision", "recall")},
+    **{field: SHOWN[field] for field in ("fd_heldout", "fd_unseen", "kid_train", "precision", "recall")},
     "recall_sd": "±",
-    "pull_to_train": SHOWN["pull_to_train"],
+    **{field: SHOWN[field] for field in ("pull_to_train", "near_copies")},
 }
 
 
@@ -140,7 +142,7 @@ def jobs(name: str) -> list[Job]:
     found = []
     for method, (recipe, fields, _) in CONTESTANTS.items():
         base = load_preset(name, recipe, **_fields(name, fields))
-        for budget in BUDGETS:
+        for budget in BUDGETS[name]:
             steps = round(budget * (base.steps if method == "Adv-KD" else STEPS[name][method]))
             warm_up = round(WARM_UP * steps) if (base.method, base.architecture) == ("add", "submodules") else 0
             sized = base.replace(steps=steps, warm_up_steps=warm_up)

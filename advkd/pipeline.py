@@ -74,11 +74,15 @@ class SharedPipeline(DiffusionPipeline):
     def load_config(cls, *args, **kwargs) -> dict | tuple:
         """As diffusers reads it, checked: see `from_pretrained`."""
         loaded = super().load_config(*args, **kwargs)
-        for name, value in (loaded[0] if isinstance(loaded, tuple) else loaded).items():
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        for name, value in config.items():
             if name == "student" and value not in COMPONENTS:
                 raise UserError(f"{INDEX} names the student {value!r}, but must name one of {COMPONENTS}")
             if name not in ("student", "facts") and not name.startswith("_"):
                 raise UserError(f"{INDEX} names {name!r} as {value!r}, but a student's pipeline has no such part")
+        made = config.get("_class_name")
+        if made != cls.__name__ and made in (other.__name__ for other in SharedPipeline.__subclasses__()):
+            raise UserError(f"{INDEX} is that of a {made}; load it with {made}.from_pretrained")
         return loaded
 
     @property

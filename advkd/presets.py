@@ -572,7 +572,9 @@ def _build(name: str, recipe: str, data: dict, overrides: dict) -> Preset:
         wanted = _METHODS.get(recipe, _RECIPES[base])["real_share"]
         overrides = {"real_share": wanted} | overrides
         if not overrides["real_share"]:
-            raise UserError(f"recipe {recipe!r} trains without real images: no images, or real_share > 0")
+            raise UserError(
+                f"recipe {recipe!r} trains without real images: leave the images out, or --set real_share=0.5"
+            )
     return _with(Preset(name=name, recipe=recipe, **(data | values)), overrides)
 
 

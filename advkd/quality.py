@@ -41,7 +41,7 @@ SHOWN = {
     "recipe": "recipe",
     "sampler": "sampler",
     "steps": "steps",
-    "seeds": "seeds",
+    "seeds": "training seeds",
     "images": "images",
     "fd_train": "FD, train",
     "fd_train_sd": "±",

@@ -172,7 +172,8 @@ assert len(records) == live_steps and sharp[1] > sharp[0], "the student is as gr
 #
 # Students begin as copies of the same teacher's U-Net (1.06M parameters; "random start": its architecture alone), but Adv-KD's and those
 # called "submodules", which are Adv-KD's network (244,211). **Budget 1** is as much training as Adv-KD's recipe takes on one CPU
-# thread, **budget 4** four times that ("training compute"). Making trajectories comes on top where a method needs them ("teacher's evaluations beforehand").
+# thread, **budget 4** four times that ("training compute"). Making trajectories comes on top where a method needs them ("teacher's evaluations beforehand"):
+# 250,000 evaluations of the U-Net take about another 0.7 of budget 1.
 #
 # - **Pair regression** (Luhman and Luhman 2021): the teacher's image from the same noise, by mean squared error.
 # - **Progressive distillation** (Salimans and Ho 2022): 16 steps into 8, into 4, into 2, into 1.
@@ -199,7 +200,7 @@ Markdown(markdown(table, SUMMARY))
 # took up to half as much more. Just over half of the students were trained there, in float32 (`dtype` in the table's file).
 # Students are sampled with one seed here, the teacher with three; over three Adv-KD scores 0.355 (notebook 5). By these rows:
 #
-# - **Adv-KD** is ahead of all other one-step students of budget 1 by distance, with a quarter of the U-Nets' parameters and little more
+# - **Adv-KD** is ahead of all other one-step students of budget 1 by distance in the classifier's features, by which its recipe was chosen, with a quarter of the U-Nets' parameters and little more
 #   than a third of their time per image. Its critic is its own network and learns, it sees real images, and its pairs cost 250,000
 #   evaluations of the teacher beforehand (as regression's do), which ADD, progressive and consistency distillation do without. By recall it
 #   is level with ADD and behind DMD (0.77), consistency and progressive distillation (0.87) and regression (0.88), and 2 % of its images
@@ -222,6 +223,11 @@ Markdown(markdown(table, SUMMARY))
 #   sampling seed 1, so not to be compared with the table: this recipe has 1.6, 1.1 and 0.59 there in one, two and four steps; the student
 #   following itself at a third of the learning rate 12.9, 12.1 and 9.4; with the average, 8 timesteps instead of 20 1.9, 1.4 and 1.0, and
 #   `gain_limit` 4 instead of 8 1.5, 1.3 and 0.54.
+# - **In the random network's space, which no recipe was chosen by, the order is another.** In one step pair regression is nearest (0.036), before
+#   Adv-KD (0.040), consistency distillation (0.044) and ADD (0.060), on the train split as on the held-out one but for the places of Adv-KD and consistency
+#   distillation, which are level there (both 0.090); in four steps consistency distillation (0.036) before ADD (0.050). With four times the training Adv-KD (0.026, one seed) comes next to the teacher's DDIM-50 (0.023), ADD to 0.039.
+# - **Where rows are this near to real digits, the distance does not rank them.** Random halves of the real digits, at 600 images, are 0.82 ± 0.32
+#   apart (notebook 4); at that number ADD in four steps has 0.85, Adv-KD 0.96, DDIM-50 0.98 (`fd_train_subset` in the table's file).
 # - **Progressive distillation and DMD** are further off (3.1 and 4.5). They are known to need long trainings; see above on fairness.
 # - **The teacher** in eight steps of DPM-Solver++ is as near to the train split as in fifty of DDIM, but not to held-out images (1.67 against 1.43); in one to four it is far behind ADD.
 #
@@ -269,6 +275,14 @@ ddim50 = next(row["fd_train"] for row in teachers if row["method"] == "teacher, 
 labels = "ms per image", "Frechet distance to the train split"
 figure = plot_methods(table, "ms_per_image", "fd_train", labels, {"DDIM-50": ddim50})
 _ = save_figure(figure, f"figures/{preset}", "methods_ms")
+
+# %% [markdown]
+# The same in the random network's space:
+
+# %%
+labels = "ms per image", "Frechet distance to the train split, random network"
+figure = plot_methods(table, "ms_per_image", "fd_unseen", labels, {})
+_ = save_figure(figure, f"figures/{preset}", "methods_unseen")
 
 # %%
 one_step = [row for row in students if row["steps"] == 1]
@@ -371,5 +385,7 @@ _ = save_figure(figure, f"figures/{preset}", "preferences")
 # 3. Let the critic see less noise: the same with `--set "feature_noise=[-2.0,1.0]"`, in another `--out`.
 # 4. Distil into two timesteps: `--set "student_timesteps=[499,999]"`, and `--steps 2` to measure it.
 # 5. Add a method of your own: a loop with `enter`, `step` and `finish`, as in `advkd/train_regression.py`; its name among the methods of
-#    `advkd/presets.py` (`Preset.method` and `_METHODS`); a branch in `_begin` of `advkd/run.py`; and a line each in `CONTESTANTS` and
-#    `STEPS` of `advkd/head_to_head.py`.
+#    `advkd/presets.py` (`Preset.method`, and `_METHODS` with the fields that are its own: `real_share=0.0` if it learns from the teacher's
+#    trajectories, which are made then, and not from real images); a branch in `_begin` of `advkd/run.py`; its paper in `METHODS` of `advkd/card.py`; a
+#    line in `CONTESTANTS` of `advkd/head_to_head.py` and one in `STEPS` for each data set, with a guess first: the column "training compute"
+#    says how far it is from 1.

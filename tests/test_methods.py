@@ -12,7 +12,7 @@ from advkd import losses, run, train_add, train_consistency, training
 from advkd.data import load_images, seeded_noise
 from advkd.denoiser import Denoiser
 from advkd.features import BatchNormLocal, DinoFeatures, Head, Heads, TeacherFeatures, augmented, make_heads
-from advkd.pipeline import FewStepPipeline
+from advkd.pipeline import FewStepPipeline, StudentPipeline
 from advkd.presets import UserError, load_preset
 from advkd.run import CHECKPOINT, finish, load_run, read_run, train_run
 from advkd.teacher import load_teacher
@@ -161,6 +161,8 @@ def test_images_of_few_steps_follow_from_the_index_alone(denoiser, tmp_path):
     again = load_run(tmp_path)
     assert isinstance(again, FewStepPipeline) and again.student.config.timesteps == [999, 749, 499, 249]
     assert torch.equal(again(5, seed=3, steps=4, output_type="pt").images, whole)
+    with pytest.raises(UserError, match=r"that of a FewStepPipeline; load it with FewStepPipeline.from_pretrained"):
+        StudentPipeline.from_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"steps is 3, but must divide .* \[999, 749, 499, 249\]"):
         pipeline(1, steps=3)
     with pytest.raises(UserError, match="no output_type 'jpg'"):

@@ -151,6 +151,8 @@ def test_every_setting_has_three_seeds_and_the_same_budget():
             times = 10 if "10 times" in job.setting else 1
             if "whole budget" in job.group:
                 times = load_preset(name).steps * 64 / ablations.IMAGES_SEEN
+            elif "training length" in job.group:
+                times = int(job.setting.removesuffix(" steps").replace(",", "")) * 64 / ablations.IMAGES_SEEN
             assert plan.images_seen(plan.steps - 1) == pytest.approx(times * ablations.IMAGES_SEEN, rel=0.02)
 
 
