@@ -529,7 +529,7 @@ def compare(name: str, methods: tuple[str, ...], budgets: tuple[float, ...], see
     from advkd.head_to_head import compare as run
     from advkd.quality import TRAINING_SEEDS, Judge
 
-    every = jobs(name)
+    every = jobs(name)  # refuses presets that have no study
     asked = {
         "method": (methods, (*CONTESTANTS, "teacher")),
         "budget": (budgets, BUDGETS[name]),

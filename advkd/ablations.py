@@ -144,7 +144,7 @@ def _settings(name: str) -> Iterator[tuple[str, str, Preset, float]]:
         "full noise, features 0.3": {"latent": "full", "feature_weight": 0.3},
     }.items():
         yield "trade-off (the recipe's whole budget)", setting, base.replace(**overrides), whole
-    # What a shorter training gives: of the digits' 3,500 steps 1,000 (as above), 1,750 and 2,400 (four minutes of two cores).
+    # What a shorter training gives: of the digits' 3,500 steps 1,000 (as above), 1,750, 2,400 and all.
     for share in (2 / 7, 1 / 2, 24 / 35, 1):
         yield "trade-off (training length)", f"{round(share * base.steps):,} steps", base, share * whole
 

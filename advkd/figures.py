@@ -29,6 +29,8 @@ DPI = 110
 COMPARABLE = ("extractor", "unseen", "teacher_fingerprint", "images", "sampling_seed", "fd_train_subset")
 INK, PAPER_RECIPE, IMPROVED_RECIPE, TEACHER = "#333333", "#c8553d", "#2a6f97", "#7a7a7a"
 COLOURS = {"paper": PAPER_RECIPE, "improved": IMPROVED_RECIPE, "teacher": TEACHER}
+PALE = "#a9cbdd"  # what is drawn behind
+MARKERS = "os^DvP*XphH<>"  # of methods
 
 
 def start_notebook() -> None:
@@ -395,7 +397,7 @@ def plot_methods(
         of, colour = sorted(of, key=lambda row: row[named]), colours.get(method, TEACHER)
         more = any(curve[0] == method and curve[1] < budget for curve in curves)
         line, inside, name = ("--", "white", f", budget {budget:g}") if more else ("-", colour, "")
-        style = {"fmt": "os^DvP*Xph<>"[methods.index(method) % 12] + line, "color": colour, "mfc": inside}
+        style = {"fmt": MARKERS[methods.index(method) % len(MARKERS)] + line, "color": colour, "mfc": inside}
         style |= {"label": method + name, "ms": 6, "lw": 1, "capsize": 2}
         bars = [[row.get(f"{field}_sd") or 0 for row in of] for field in (x, y)]
         ax.errorbar([row[x] for row in of], [row[y] for row in of], xerr=bars[0], yerr=bars[1], **style)

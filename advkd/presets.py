@@ -572,9 +572,7 @@ def _build(name: str, recipe: str, data: dict, overrides: dict) -> Preset:
         wanted = _METHODS.get(recipe, _RECIPES[base])["real_share"]
         overrides = {"real_share": wanted} | overrides
         if not overrides["real_share"]:
-            raise UserError(
-                f"recipe {recipe!r} trains without real images: leave the images out, or --set real_share=0.5"
-            )
+            raise UserError(f"recipe {recipe!r} trains without real images; leave them out")
     return _with(Preset(name=name, recipe=recipe, **(data | values)), overrides)
 
 

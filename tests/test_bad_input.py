@@ -608,7 +608,7 @@ CASES = [
         "images of a method that uses none",
         pictures(3),
         PICTURES.replace("--steps 6", "--method regression --steps 6"),
-        "recipe 'regression' trains without real images: no images",
+        "recipe 'regression' trains without real images; leave them out",
     ),
     Case(
         "images of the digits",

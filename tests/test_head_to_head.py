@@ -77,7 +77,8 @@ def test_every_method_has_its_seeds_and_budgets(name):
     for method in CONTESTANTS:
         steps = {job.budget: job.preset.steps for job in jobs(name) if job.method == method}
         short, long = sorted(steps)
-        assert (steps[long], long) == (pytest.approx(4 * steps[short], abs=4), 4 * short)
+        assert long == 4 * short
+        assert abs(steps[long] - 4 * steps[short]) <= 2, "but for the rounding of a quarter"
         assert steps[1] == (load_preset(name).steps if method == "Adv-KD" else STEPS[name][method])
     assert len({job.preset for job in jobs(name)}) == len(jobs(name)), "no two rows are one training"
 

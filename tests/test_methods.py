@@ -15,6 +15,7 @@ from advkd.features import BatchNormLocal, DinoFeatures, Head, Heads, TeacherFea
 from advkd.pipeline import FewStepPipeline, StudentPipeline
 from advkd.presets import UserError, load_preset
 from advkd.run import CHECKPOINT, finish, load_run, read_run, train_run
+from advkd.student import Student
 from advkd.teacher import load_teacher
 from advkd.train_consistency import consistency_target, pseudo_huber
 from advkd.train_dmd import matching_loss
@@ -149,6 +150,21 @@ def test_ddim_steps_are_those_of_diffusers(teacher, denoiser, images):
     torch.testing.assert_close(ours, sample_scheduler.step(x0, 749, xt).prev_sample, rtol=1e-4, atol=1e-4)
 
 
+def test_a_pipeline_is_loaded_by_its_own_class_or_a_child(denoiser, tmp_path):
+    class Child(FewStepPipeline):
+        pass
+
+    FewStepPipeline(denoiser).save_pretrained(tmp_path / "few")
+    StudentPipeline(Student.from_preset(load_preset("digits"))).save_pretrained(tmp_path / "one")
+    assert isinstance(Child.from_pretrained(tmp_path / "few"), Child)
+    for kind, folder, right in (
+        (StudentPipeline, "few", "FewStepPipeline"),
+        (FewStepPipeline, "one", "StudentPipeline"),
+    ):
+        with pytest.raises(UserError, match=f"that of a {right}; load it with {right}.from_pretrained"):
+            kind.from_pretrained(tmp_path / folder)
+
+
 def test_images_of_few_steps_follow_from_the_index_alone(denoiser, tmp_path):
     pipeline = FewStepPipeline(denoiser)
     for steps in (1, 2, 4):
@@ -161,8 +177,7 @@ def test_images_of_few_steps_follow_from_the_index_alone(denoiser, tmp_path):
     again = load_run(tmp_path)
     assert isinstance(again, FewStepPipeline) and again.student.config.timesteps == [999, 749, 499, 249]
     assert torch.equal(again(5, seed=3, steps=4, output_type="pt").images, whole)
-    with pytest.raises(UserError, match=r"that of a FewStepPipeline; load it with FewStepPipeline.from_pretrained"):
-        StudentPipeline.from_pretrained(tmp_path)
+
     with pytest.raises(UserError, match=r"steps is 3, but must divide .* \[999, 749, 499, 249\]"):
         pipeline(1, steps=3)
     with pytest.raises(UserError, match="no output_type 'jpg'"):
