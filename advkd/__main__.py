@@ -22,7 +22,10 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            click.echo("advkd: interrupted; what was made stays (of a training, its last checkpoint)", err=True)
+            click.echo(
+                "advkd: interrupted; what was made stays (of a training, its last checkpoint if there was one)",
+                err=True,
+            )
             sys.exit(130)
 
     def main(self, *args, **kwargs):
@@ -50,6 +53,7 @@ def cli(threads: int | None, deterministic: bool):
 
 TORCH_SEED = click.IntRange(0, 2**63 - 1)
 PRESET = click.option("--preset", "name", default="digits", help="What to work on: digits, glyphs, celebahq, ...")
+EMBEDDED = click.option("--preset", "name", default="digits", help="digits or glyphs, which have images of their own.")
 OWN = click.option(
     "--preset",
     "name",
@@ -75,7 +79,7 @@ STUDENT = click.argument("student", type=click.Path(path_type=Path))
 
 
 @cli.command()
-@PRESET
+@EMBEDDED
 @OUT
 @click.option("--steps", type=click.IntRange(1), default=8000, help="Optimizer steps.")
 @click.option("--seed", type=TORCH_SEED, default=0, help="Seed of weights, noise and batches.")
@@ -145,7 +149,7 @@ def _teach(preset: Preset, out: Path, steps: int, seed: int, resume: bool) -> No
 
 
 @cli.command()
-@PRESET
+@EMBEDDED
 @OUT
 @click.option("--steps", type=click.IntRange(1), default=3000, help="Optimizer steps.")
 @click.option("--learning-rate", type=float, default=2e-3, help="Of AdamW.")
@@ -455,7 +459,7 @@ def evaluate(
 
 
 @cli.command()
-@PRESET
+@EMBEDDED
 @click.option("--group", "groups", multiple=True, help="Only this group of settings (several times for several).")
 @WORKERS
 def ablate(name: str, groups: tuple[str, ...], workers: int):
@@ -479,7 +483,7 @@ def ablate(name: str, groups: tuple[str, ...], workers: int):
 
 
 @cli.command()
-@PRESET
+@EMBEDDED
 @click.option("--paper-epochs", type=float, default=1.0, help="Budget of the paper's recipe, of its 10.")
 @click.option("--sampler", "chosen", multiple=True, help="Only this sampler of the teacher: ddim-50 (several times).")
 @WORKERS
@@ -501,7 +505,7 @@ def quality(name: str, paper_epochs: float, chosen: tuple[str, ...], workers: in
 
 
 @cli.command()
-@PRESET
+@EMBEDDED
 @click.option(
     "--method", "methods", multiple=True, help="Only this method (several times for several); teacher: its rows."
 )
