@@ -29,7 +29,6 @@ DPI = 110
 COMPARABLE = ("extractor", "unseen", "teacher_fingerprint", "images", "sampling_seed", "fd_train_subset")
 INK, PAPER_RECIPE, IMPROVED_RECIPE, TEACHER = "#333333", "#c8553d", "#2a6f97", "#7a7a7a"
 COLOURS = {"paper": PAPER_RECIPE, "improved": IMPROVED_RECIPE, "teacher": TEACHER}
-PALE = "#a9cbdd"  # what is drawn behind
 MARKERS = "os^DvP*XphH<>"  # of methods
 
 

@@ -30,16 +30,7 @@ from IPython.display import Markdown
 
 from advkd.ablations import ablate, jobs
 from advkd.evaluation import student_latency_ms, teacher_latency_ms
-from advkd.figures import (
-    PALE,
-    markdown,
-    plot_against,
-    plot_settings,
-    plot_shares,
-    save_figure,
-    save_table,
-    start_notebook,
-)
+from advkd.figures import markdown, plot_against, plot_settings, plot_shares, save_figure, save_table, start_notebook
 from advkd.glyphs import FONTS, LETTERS
 from advkd.pipeline import StudentPipeline
 from advkd.presets import load_preset
@@ -319,7 +310,9 @@ whole = [
 shorter = [row for row in plane if row["group"] == "trade-off (training length)"][:-1]  # the last is the recipe
 shorter = [row | {"marker": "D", "name": row["setting"]} for row in shorter]
 fields = ("recipe", "marker", "fd_train_subset", "recall", "pull_to_train")
-cloud = [{f: row[f] for f in fields} | {"colour": PALE} for row in plane if not row["group"].startswith("trade-off")]
+cloud = [
+    {f: row[f] for f in fields} | {"colour": "#a9cbdd"} for row in plane if not row["group"].startswith("trade-off")
+]
 marks = whole + shorter + [row for row in points if row["model"] == "teacher" and row["steps"] in (50, 100, 1000)]
 for field, heading in (("recall", "recall"), ("pull_to_train", "share nearer to train than to held-out images")):
     near = [row for row in cloud + marks if row["fd_train_subset"] < 6]

@@ -303,14 +303,14 @@ _ = save_figure(figure, f"figures/{preset}", "methods_training")
 
 # %%
 images = {name: from_uint8(x) for name, x in load_file(f"figures/{preset}/head_to_head.safetensors").items()}
-drawn = students + [row for row in teachers if row["steps"] in (1, 4, 50)]
+drawn = [row for row in students + teachers if row["steps"] in (1, 4, 50)]
 columns = 5
-figure, axes = plt.subplots(-(-len(drawn) // columns), columns, figsize=(10, 1.5 * -(-len(drawn) // columns)))
+figure, axes = plt.subplots(-(-len(drawn) // columns), columns, figsize=(10, 1.2 * -(-len(drawn) // columns)))
 for ax in axes.flat:
     ax.set_axis_off()
 for ax, row in zip(axes.flat, drawn, strict=False):
     how = f"{row['steps']} steps" + (f", budget {row['budget']}" if row["budget"] not in (None, 1) else "")
-    show_images(ax, images[image_key(row)][:18], 6, f"{row['method']}\n{how.replace('1 steps', '1 step')}")
+    show_images(ax, images[image_key(row)][:12], 6, f"{row['method']}\n{how.replace('1 steps', '1 step')}")
     ax.title.set_fontsize(6.5)
 figure.tight_layout()
 _ = save_figure(figure, f"figures/{preset}", "methods_samples")
