@@ -411,6 +411,22 @@ def plot_methods(
     return figure
 
 
+def plot_samples(rows: list[dict], images: list[Tensor], columns: int = 5) -> Figure:
+    """Images `(n, c, h, w)` in [-1, 1] of each row under its `method`, number of `steps` and, if it is not 1, `budget`."""
+    lines = -(-len(rows) // columns)
+    height = lines * (0.48 + 9 / columns / len(images[0]))  # of titles and of images as wide as they fit
+    figure, axes = plt.subplots(lines, columns, figsize=(10, height), squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for ax, row, shown in zip(axes.flat, rows, images, strict=False):
+        how = f"{row['steps']} step" + "s" * (row["steps"] > 1)
+        how += f", budget {row['budget']:g}" if row.get("budget") not in (None, 1) else ""
+        show_images(ax, shown, len(shown), f"{row['method']}\n{how}")
+        ax.title.set_fontsize(6.5)
+    figure.tight_layout()
+    return figure
+
+
 def plot_preferences(ranking: list[dict], rates: list[dict]) -> Figure:
     """Strengths of methods, best first, and how often each pair's first won, both with their 95 % intervals."""
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 0.3 * max(len(ranking), len(rates)) + 1.2))

@@ -2,7 +2,7 @@
 
 import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -101,6 +101,7 @@ SHOWN = {
     "dtype": "dtype",
     "train_seconds": "training, s",
     "teacher_evaluations": "teacher's evaluations beforehand",
+    "trajectories_compute": "compute of trajectories",
     "ms_per_image": "ms per image",
     "peak_memory_mb": "peak MB",
     "fd_train": "FD, train",
@@ -115,8 +116,8 @@ SHOWN = {
 SUMMARY = {  # of means over seeds
     **{field: SHOWN[field] for field in ("method", "budget", "steps")},
     "seeds": "seeds",
-    **{field: SHOWN[field] for field in ("parameters", "compute", "teacher_evaluations", "ms_per_image")},
-    **{field: SHOWN[field] for field in ("peak_memory_mb", "fd_train")},
+    **{field: SHOWN[field] for field in ("parameters", "compute", "teacher_evaluations", "trajectories_compute")},
+    **{field: SHOWN[field] for field in ("ms_per_image", "peak_memory_mb", "fd_train")},
     "fd_train_sd": "±",
     **{field: SHOWN[field] for field in ("fd_heldout", "fd_unseen", "kid_train", "precision", "recall")},
     "recall_sd": "±",
@@ -165,11 +166,11 @@ def compare(judge: Judge, chosen: list[Job], workers: int = 1) -> Iterator[tuple
     What is finished is only read."""
     wanted = {job.preset: job for job in chosen}
     costs = {p.architecture: sampling_cost(p.name, p.architecture) for p in wanted}  # before anything else is busy
-    computes = {p: relative_compute(p) for p in wanted}
+    computes = {p: {"compute": relative_compute(p), "trajectories_compute": trajectories_compute(p)} for p in wanted}
     for preset, folder, error in train_side_by_side(list(wanted), workers):
         method, budget = wanted[preset].method, wanted[preset].budget
         about = {"method": method, "budget": budget, "seed": preset.seed, "preset_hash": preset.config_hash}
-        about |= {"teacher_evaluations": teacher_evaluations(preset), "compute": computes[preset]}
+        about |= {"teacher_evaluations": teacher_evaluations(preset)} | computes[preset]
         for steps in CONTESTANTS[method][2]:
             row = student_row(new_pipeline(preset, judge.teacher), preset.recipe, steps) | about
             if error:
@@ -215,20 +216,29 @@ def relative_compute(preset: Preset) -> float:
     return _cpu_seconds(preset) / _cpu_seconds(load_preset(preset.name))
 
 
+def trajectories_compute(preset: Preset) -> float:
+    """CPU-seconds that a training's trajectories take before it begins, in those of the improved recipe's training."""
+    if not (asked := teacher_evaluations(preset)):
+        return 0.0
+    recipe = load_preset(preset.name)  # of whose trajectories all trainings take theirs
+    timed = recipe.replace(teacher_dtype="float32", trajectories=max(recipe.batch_sizes))
+    return asked * _kept_seconds("evaluation", _measure_evaluation, timed) / _cpu_seconds(recipe)
+
+
 def _cpu_seconds(preset: Preset) -> float:
     timed = {"steps": TIMED_STEPS + 9, "train_dtype": "float32", "seed": 0, "trajectories": max(preset.batch_sizes)}
     if preset.warm_up_steps:  # the share of it that is timed is that of the whole
         timed["warm_up_steps"] = 8 + round(TIMED_STEPS * preset.warm_up_steps / preset.steps)
-    return preset.steps * _step_seconds(preset.replace(**timed))
+    return preset.steps * _kept_seconds("step", _measure_step, preset.replace(**timed))
 
 
 @cache
-def _step_seconds(preset: Preset) -> float:
+def _kept_seconds(what: str, measure: Callable[[Preset], float], preset: Preset) -> float:
     """Measured once on a machine, in a process of its own, and kept below `runs/`."""
-    path = Path("runs") / preset.name / f"step-{preset.config_hash}.json"
+    path = Path("runs") / preset.name / f"{what}-{preset.config_hash}.json"
     if not path.exists():
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            write_json(path, {"cpu_seconds": pool.submit(_measure_step, preset).result()})
+            write_json(path, {"cpu_seconds": pool.submit(measure, preset).result()})
     return read_object(path, "remove it, and it is measured again")["cpu_seconds"]
 
 
@@ -242,6 +252,16 @@ def _measure_step(preset: Preset) -> float:
         training = train_run(preset, store, runs / "run", images=images, device="cpu", progress=False)
         clock = {record.step: time.process_time() for record in training}
     return (clock[preset.steps - 1] - clock[8]) / TIMED_STEPS
+
+
+def _measure_evaluation(preset: Preset) -> float:
+    """CPU-seconds on one thread that one of the teacher's evaluations takes for one image, with what is made of it."""
+    torch.set_num_threads(1)
+    with TemporaryDirectory() as folder:
+        teacher = load_teacher(preset)
+        began = time.process_time()
+        generate_trajectories(teacher, preset, Path(folder) / "trajectories", progress=False)
+        return (time.process_time() - began) / teacher_evaluations(preset)
 
 
 @cache
@@ -306,5 +326,6 @@ def comparison_protocol(judge: Judge) -> dict:
         f"{TIMED_STEPS} in float32 on one thread, apart from the row's training; no trajectories",
         "train_seconds": "wall clock on the row's `device` and `threads`, which differ, beside another training; no trajectories",
         "teacher_evaluations": "before the training, for its trajectories: images x sampler steps",
+        "trajectories_compute": "CPU-seconds that these take, in the same unit, in float32 on one thread: one batch's times their number",
         "peak_memory_mb": f"a batch of {MEMORY_BATCH}: resident memory over that before the student was made",
     }

@@ -136,12 +136,15 @@ class Panel(ipywidgets.VBox):
         self.shown_at = time.monotonic()
 
 
-def win_rates(votes: Sequence[Vote]) -> list[dict]:
-    """How often each method won against each other: a row a pair, with Wilson's 95 % interval (Wilson 1927). Votes count as
-    independent, also those of one voter."""
+def win_rates(votes: Sequence[Vote], order: Sequence[str] = ()) -> list[dict]:
+    """How often each method won against each other: a row a pair, with Wilson's 95 % interval (Wilson 1927). Of a pair that
+    comes first which does so in `order` (without one: alphabetically). Votes count as independent, also those of one voter."""
     rows = []
-    for pair in sorted({tuple(sorted((vote.left, vote.right))) for vote in votes}):
+    order = order or sorted({name for vote in votes for name in (vote.left, vote.right)})
+    for pair in itertools.combinations(order, 2):
         between = [vote for vote in votes if {vote.left, vote.right} == set(pair)]
+        if not between:
+            continue
         wins = sum(vote.winner == pair[0] for vote in between)
         interval = binomtest(wins, len(between)).proportion_ci(method="wilson")
         about = {"method": pair[0], "against": pair[1], "votes": len(between), "wins": wins}

@@ -20,7 +20,9 @@ from advkd.presets import ASSETS, UserError, load_preset
 NOTEBOOKS = ("01_teacher", "02_submodules", "03_train", "04_evaluate", "05_ablations", "06_head_to_head", "07_deploy")
 STUDIES = {  # committed files below figures/ that a notebook reads; without them it is left out
     "05_ablations": ("{preset}/quality.json", "{preset}/ablations.json", "glyphs/quality.json"),
-    "06_head_to_head": ("{preset}/head_to_head.json", "{preset}/head_to_head.safetensors"),
+    "06_head_to_head": tuple(
+        f"{data}/head_to_head.{end}" for data in ("{preset}", "glyphs") for end in ("json", "safetensors")
+    ),
     "07_deploy": ("deploy.json",),
 }
 

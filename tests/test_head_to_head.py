@@ -35,6 +35,7 @@ from advkd.head_to_head import (
     keep_images,
     relative_compute,
     teacher_evaluations,
+    trajectories_compute,
 )
 from advkd.presets import UserError, load_preset
 from advkd.quality import SAMPLING_SEEDS, TRAINING_SEEDS, Judge, means
@@ -109,7 +110,7 @@ def test_every_method_has_rows_with_the_fields_of_table1(judge, tiny_job, monkey
         fields = ("fd_train", "fd_heldout", "kid_train", "precision", "recall", "fd_train_subset", "pull_to_train")
         monkeypatch.setattr(judge, "measure", lambda samples: dict.fromkeys(fields, float(samples.mean())))
         monkeypatch.setattr(head_to_head, "sampling_cost", lambda *_: {"ms_per_step": 1.0, "peak_memory_mb": 1.0})
-        monkeypatch.setattr(head_to_head, "_step_seconds", lambda preset: 1.0)
+        monkeypatch.setattr(head_to_head, "_kept_seconds", lambda what, measure, preset: 1.0)
     job = tiny_job(method)
     rows, images = zip(*compare(judge, [job]), strict=True)
     assert [row["steps"] for row in rows] == list(CONTESTANTS[method][2])
@@ -117,6 +118,7 @@ def test_every_method_has_rows_with_the_fields_of_table1(judge, tiny_job, monkey
         assert row.keys() >= TABLE1 | {"method", "budget", "seed", "train_seconds", "peak_memory_mb", "preset_hash"}
         assert row["method"] == method and row["images"] == 70
         assert 0 < row["compute"] < 1, "a tiny one"
+        assert (row["trajectories_compute"] > 0) == (row["teacher_evaluations"] > 0)
     assert all(x.shape == (KEPT, 1, 16, 16) for x in images), "those of the first seed"
     if method == "Adv-KD":
         assert means(rows, ("method", "budget", "steps"))[0].keys() >= SUMMARY.keys(), "no column of the table is empty"
@@ -125,17 +127,35 @@ def test_every_method_has_rows_with_the_fields_of_table1(judge, tiny_job, monkey
 
 def test_compute_is_that_of_a_whole_training(monkeypatch):
     timed = []
-    monkeypatch.setattr(head_to_head, "_step_seconds", lambda preset: timed.append(preset) or float(len(timed)))
+    monkeypatch.setattr(head_to_head, "_kept_seconds", lambda _, __, preset: timed.append(preset) or float(len(timed)))
     job = next(job for job in jobs("digits") if job.method == "ADD, submodules")
     assert relative_compute(job.preset) == job.preset.steps / (2 * load_preset("digits").steps)
     assert timed[0].warm_up_steps - 8 == round(WARM_UP * TIMED_STEPS) and timed[1].warm_up_steps == 0
     assert {p.train_dtype for p in timed} == {"float32"}
 
 
+def test_compute_of_trajectories_is_in_the_same_unit(monkeypatch):
+    seconds, timed = {"evaluation": 0.01, "step": 0.2}, []
+    monkeypatch.setattr(head_to_head, "_kept_seconds", lambda what, _, preset: timed.append(preset) or seconds[what])
+    of = {job.method: job.preset for job in jobs("digits")}
+    for method in ("Adv-KD", "regression"):
+        expected = 5000 * 50 * 0.01 / (3500 * 0.2)
+        assert trajectories_compute(of[method]) == pytest.approx(expected)
+    assert timed[0] == timed[2] and timed[0].teacher_dtype == "float32", "all take theirs from one store"
+    assert trajectories_compute(of["ADD"]) == 0
+
+
+def test_the_time_of_an_evaluation_is_that_of_one_image_once(monkeypatch):
+    preset, now = load_preset("digits", trajectories=20, sampler_steps=10), [0.0]
+    monkeypatch.setattr(head_to_head, "generate_trajectories", lambda *_, **__: now.append(now.pop() + 3.0))
+    monkeypatch.setattr(head_to_head.time, "process_time", lambda: now[0])
+    assert head_to_head._measure_evaluation(preset) == pytest.approx(3.0 / 200)
+
+
 def test_a_failed_training_leaves_the_others_alone(judge, tiny_job, monkeypatch):
     monkeypatch.setattr(head_to_head, "IMAGES", 70)
     monkeypatch.setattr(head_to_head, "sampling_cost", lambda *_: {"ms_per_step": 1.0, "peak_memory_mb": 1.0})
-    monkeypatch.setattr(head_to_head, "_step_seconds", lambda preset: 1.0)
+    monkeypatch.setattr(head_to_head, "_kept_seconds", lambda what, measure, preset: 1.0)
     rows = list(compare(judge, [tiny_job("regression", learning_rate=1e30, steps=20), tiny_job("DMD")]))
     assert {row["method"]: "error" in row for row, _ in rows} == {"regression": True, "DMD": False}
 
@@ -176,11 +196,16 @@ def test_rows_have_places_by_method_budget_steps_and_seed(judge):
     assert [r["method"] for r in json.loads(path.read_text())["rows"]] == ["Adv-KD", "teacher, DDIM"]
 
 
-def test_the_committed_rows_are_of_todays_jobs():
-    path = Path(__file__).resolve().parents[1] / "figures/digits/head_to_head.json"
+@pytest.mark.parametrize("name", STEPS)
+def test_the_committed_rows_are_of_todays_jobs(name):
+    path = Path(__file__).resolve().parents[1] / f"figures/{name}/head_to_head.json"
     rows = json.loads(path.read_text())["rows"]
-    assert all(comparison_place("digits", row) for row in rows)
-    assert all(row["compute"] > 0 for row in rows if row["method"] not in TEACHERS)
+    assert rows and all(comparison_place(name, row) for row in rows)
+    kept = load_file(path.with_suffix(".safetensors"))
+    assert kept.keys() == {image_key(row) for row in rows}, "images of every row, and of no other"
+    students = [row for row in rows if row["method"] not in TEACHERS]
+    assert all(row["compute"] > 0 for row in students)
+    assert all((row["trajectories_compute"] > 0) == (row["teacher_evaluations"] > 0) for row in students)
 
 
 def test_a_rows_images_are_kept():
@@ -227,13 +252,11 @@ def fixed_seconds(preset):
     return 1.5
 
 
-def test_a_step_is_timed_once_on_a_machine(tiny_job, monkeypatch):
+def test_a_step_is_timed_once_on_a_machine(tiny_job):
     preset = tiny_job("regression", steps=TIMED_STEPS + 9).preset
-    monkeypatch.setattr(head_to_head, "_measure_step", fixed_seconds)
-    first = head_to_head._step_seconds(preset)
-    head_to_head._step_seconds.cache_clear()
-    monkeypatch.setattr(head_to_head, "_measure_step", None)  # not called again
-    assert first == head_to_head._step_seconds(preset) == 1.5
+    first = head_to_head._kept_seconds("step", fixed_seconds, preset)
+    head_to_head._kept_seconds.cache_clear()
+    assert first == head_to_head._kept_seconds("step", None, preset) == 1.5, "not measured again"
 
 
 def test_the_time_of_a_step_leaves_out_the_first_and_the_last(tiny_job, monkeypatch):

@@ -466,6 +466,19 @@ def test_a_methods_steps_are_joined_and_named():
     plt.close("all")
 
 
+def test_samples_stand_under_method_steps_and_budget():
+    rows = [{"method": "ADD", "steps": n, "budget": b} for n, b in ((1, 1), (4, 0.25))] + [
+        {"method": "DDIM", "steps": 50}
+    ]
+    images = [torch.full((2, 3, 4, 4), value) for value in (-1.0, 0.0, 1.0)]
+    figure = figures.plot_samples(rows, images, columns=2)
+    titles = [ax.get_title("left") for ax in figure.axes]
+    assert titles == ["ADD\n1 step", "ADD\n4 steps, budget 0.25", "DDIM\n50 steps", ""]
+    assert [ax.images[0].get_array()[2, 2].tolist() for ax in figure.axes[:3]] == [[0] * 3, [0.5] * 3, [1] * 3]
+    assert figure.axes[0].images[0].get_array().shape == (6, 11, 3), "side by side"
+    plt.close("all")
+
+
 def test_preferences_show_strengths_and_win_rates_with_their_intervals():
     ranking = [{"method": m, "strength": s, "low": s - 0.2, "high": s + 0.3} for m, s in (("ADD", 0.5), ("DMD", -0.5))]
     rates = [{"method": "ADD", "against": "DMD", "rate": 0.75, "low": 0.6, "high": 0.85}]

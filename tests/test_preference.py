@@ -107,6 +107,9 @@ def test_wilson_intervals_by_hand():
     assert (row["method"], row["against"], row["wins"], row["votes"]) == ("a", "b", 8, 10)
     assert row["low"] == pytest.approx((middle - half) / (1 + z**2 / n))
     assert row["high"] == pytest.approx((middle + half) / (1 + z**2 / n))
+    (other,) = win_rates(votes, ["b", "c", "a"])
+    assert (other["method"], other["against"], other["wins"], other["rate"]) == ("b", "a", 2, 0.2)
+    assert other["low"] == pytest.approx(1 - row["high"])
 
 
 def test_two_methods_have_the_log_odds_of_their_votes():
