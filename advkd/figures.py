@@ -418,7 +418,7 @@ def plot_samples(rows: list[dict], images: list[Tensor], columns: int = 5) -> Fi
     figure, axes = plt.subplots(lines, columns, figsize=(10, height), squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
-    for ax, row, shown in zip(axes.flat, rows, images, strict=False):
+    for ax, (row, shown) in zip(axes.flat, zip(rows, images, strict=True), strict=False):
         how = f"{row['steps']} step" + "s" * (row["steps"] > 1)
         how += f", budget {row['budget']:g}" if row.get("budget") not in (None, 1) else ""
         show_images(ax, shown, len(shown), f"{row['method']}\n{how}")

@@ -222,20 +222,20 @@ def trajectories_compute(preset: Preset) -> float:
         return 0.0
     recipe = load_preset(preset.name)  # of whose trajectories all trainings take theirs
     timed = recipe.replace(teacher_dtype="float32", trajectories=max(recipe.batch_sizes))
-    return asked * _kept_seconds("evaluation", _measure_evaluation, timed) / _cpu_seconds(recipe)
+    return asked * _kept_seconds(_measure_evaluation, timed) / _cpu_seconds(recipe)
 
 
 def _cpu_seconds(preset: Preset) -> float:
     timed = {"steps": TIMED_STEPS + 9, "train_dtype": "float32", "seed": 0, "trajectories": max(preset.batch_sizes)}
     if preset.warm_up_steps:  # the share of it that is timed is that of the whole
         timed["warm_up_steps"] = 8 + round(TIMED_STEPS * preset.warm_up_steps / preset.steps)
-    return preset.steps * _kept_seconds("step", _measure_step, preset.replace(**timed))
+    return preset.steps * _kept_seconds(_measure_step, preset.replace(**timed))
 
 
 @cache
-def _kept_seconds(what: str, measure: Callable[[Preset], float], preset: Preset) -> float:
-    """Measured once on a machine, in a process of its own, and kept below `runs/`."""
-    path = Path("runs") / preset.name / f"{what}-{preset.config_hash}.json"
+def _kept_seconds(measure: Callable[[Preset], float], preset: Preset) -> float:
+    """What `measure` says, once on a machine, in a process of its own; kept below `runs/`."""
+    path = Path("runs") / preset.name / f"{measure.__name__.split('_')[-1]}-{preset.config_hash}.json"
     if not path.exists():
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             write_json(path, {"cpu_seconds": pool.submit(measure, preset).result()})
@@ -260,7 +260,7 @@ def _measure_evaluation(preset: Preset) -> float:
     with TemporaryDirectory() as folder:
         teacher = load_teacher(preset)
         began = time.process_time()
-        generate_trajectories(teacher, preset, Path(folder) / "trajectories", progress=False)
+        generate_trajectories(teacher, preset, Path(folder) / "trajectories", device="cpu", progress=False)
         return (time.process_time() - began) / teacher_evaluations(preset)
 
 
@@ -326,6 +326,7 @@ def comparison_protocol(judge: Judge) -> dict:
         f"{TIMED_STEPS} in float32 on one thread, apart from the row's training; no trajectories",
         "train_seconds": "wall clock on the row's `device` and `threads`, which differ, beside another training; no trajectories",
         "teacher_evaluations": "before the training, for its trajectories: images x sampler steps",
-        "trajectories_compute": "CPU-seconds that these take, in the same unit, in float32 on one thread: one batch's times their number",
+        "trajectories_compute": "CPU-seconds that these take, in the same unit, in float32 on one thread: those of as many as the "
+        "recipe trains on at once, times their number",
         "peak_memory_mb": f"a batch of {MEMORY_BATCH}: resident memory over that before the student was made",
     }

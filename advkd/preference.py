@@ -137,10 +137,11 @@ class Panel(ipywidgets.VBox):
 
 
 def win_rates(votes: Sequence[Vote], order: Sequence[str] = ()) -> list[dict]:
-    """How often each method won against each other: a row a pair, with Wilson's 95 % interval (Wilson 1927). Of a pair that
-    comes first which does so in `order` (without one: alphabetically). Votes count as independent, also those of one voter."""
+    """How often each method won against each other: a row a pair, with Wilson's 95 % interval (Wilson 1927). Each pair is
+    named in the order of `order`, before those that it leaves out (alphabetically). Votes count as independent, also those of
+    one voter."""
     rows = []
-    order = order or sorted({name for vote in votes for name in (vote.left, vote.right)})
+    order = [*order, *sorted({name for vote in votes for name in (vote.left, vote.right)} - set(order))]
     for pair in itertools.combinations(order, 2):
         between = [vote for vote in votes if {vote.left, vote.right} == set(pair)]
         if not between:

@@ -110,7 +110,7 @@ def test_every_method_has_rows_with_the_fields_of_table1(judge, tiny_job, monkey
         fields = ("fd_train", "fd_heldout", "kid_train", "precision", "recall", "fd_train_subset", "pull_to_train")
         monkeypatch.setattr(judge, "measure", lambda samples: dict.fromkeys(fields, float(samples.mean())))
         monkeypatch.setattr(head_to_head, "sampling_cost", lambda *_: {"ms_per_step": 1.0, "peak_memory_mb": 1.0})
-        monkeypatch.setattr(head_to_head, "_kept_seconds", lambda what, measure, preset: 1.0)
+        monkeypatch.setattr(head_to_head, "_kept_seconds", lambda measure, preset: 1.0)
     job = tiny_job(method)
     rows, images = zip(*compare(judge, [job]), strict=True)
     assert [row["steps"] for row in rows] == list(CONTESTANTS[method][2])
@@ -127,7 +127,14 @@ def test_every_method_has_rows_with_the_fields_of_table1(judge, tiny_job, monkey
 
 def test_compute_is_that_of_a_whole_training(monkeypatch):
     timed = []
-    monkeypatch.setattr(head_to_head, "_kept_seconds", lambda _, __, preset: timed.append(preset) or float(len(timed)))
+    steps = head_to_head._measure_step
+
+    def seconds(measure, preset):
+        assert measure is steps
+        timed.append(preset)
+        return float(len(timed))
+
+    monkeypatch.setattr(head_to_head, "_kept_seconds", seconds)
     job = next(job for job in jobs("digits") if job.method == "ADD, submodules")
     assert relative_compute(job.preset) == job.preset.steps / (2 * load_preset("digits").steps)
     assert timed[0].warm_up_steps - 8 == round(WARM_UP * TIMED_STEPS) and timed[1].warm_up_steps == 0
@@ -135,19 +142,25 @@ def test_compute_is_that_of_a_whole_training(monkeypatch):
 
 
 def test_compute_of_trajectories_is_in_the_same_unit(monkeypatch):
-    seconds, timed = {"evaluation": 0.01, "step": 0.2}, []
-    monkeypatch.setattr(head_to_head, "_kept_seconds", lambda what, _, preset: timed.append(preset) or seconds[what])
+    seconds, timed = {head_to_head._measure_evaluation: 0.01, head_to_head._measure_step: 0.2}, []
+    monkeypatch.setattr(head_to_head, "_kept_seconds", lambda measure, p: timed.append(p) or seconds[measure])
     of = {job.method: job.preset for job in jobs("digits")}
     for method in ("Adv-KD", "regression"):
         expected = 5000 * 50 * 0.01 / (3500 * 0.2)
         assert trajectories_compute(of[method]) == pytest.approx(expected)
     assert timed[0] == timed[2] and timed[0].teacher_dtype == "float32", "all take theirs from one store"
+    assert timed[0].trajectories == max(load_preset("digits").batch_sizes)
     assert trajectories_compute(of["ADD"]) == 0
 
 
 def test_the_time_of_an_evaluation_is_that_of_one_image_once(monkeypatch):
     preset, now = load_preset("digits", trajectories=20, sampler_steps=10), [0.0]
-    monkeypatch.setattr(head_to_head, "generate_trajectories", lambda *_, **__: now.append(now.pop() + 3.0))
+
+    def takes(seconds, **wanted):
+        return lambda *_, **given: now.append(now.pop() + seconds) if given.items() >= wanted.items() else 1 / 0
+
+    monkeypatch.setattr(head_to_head, "load_teacher", takes(100.0))
+    monkeypatch.setattr(head_to_head, "generate_trajectories", takes(3.0, device="cpu"))
     monkeypatch.setattr(head_to_head.time, "process_time", lambda: now[0])
     assert head_to_head._measure_evaluation(preset) == pytest.approx(3.0 / 200)
 
@@ -155,7 +168,7 @@ def test_the_time_of_an_evaluation_is_that_of_one_image_once(monkeypatch):
 def test_a_failed_training_leaves_the_others_alone(judge, tiny_job, monkeypatch):
     monkeypatch.setattr(head_to_head, "IMAGES", 70)
     monkeypatch.setattr(head_to_head, "sampling_cost", lambda *_: {"ms_per_step": 1.0, "peak_memory_mb": 1.0})
-    monkeypatch.setattr(head_to_head, "_kept_seconds", lambda what, measure, preset: 1.0)
+    monkeypatch.setattr(head_to_head, "_kept_seconds", lambda measure, preset: 1.0)
     rows = list(compare(judge, [tiny_job("regression", learning_rate=1e30, steps=20), tiny_job("DMD")]))
     assert {row["method"]: "error" in row for row, _ in rows} == {"regression": True, "DMD": False}
 
@@ -203,6 +216,7 @@ def test_the_committed_rows_are_of_todays_jobs(name):
     assert rows and all(comparison_place(name, row) for row in rows)
     kept = load_file(path.with_suffix(".safetensors"))
     assert kept.keys() == {image_key(row) for row in rows}, "images of every row, and of no other"
+    assert {len(images) for images in kept.values()} == {KEPT}
     students = [row for row in rows if row["method"] not in TEACHERS]
     assert all(row["compute"] > 0 for row in students)
     assert all((row["trajectories_compute"] > 0) == (row["teacher_evaluations"] > 0) for row in students)
@@ -248,15 +262,22 @@ def test_the_command_line_names_what_there_is(options, known):
     assert result.exit_code == 2 and options[-1] in result.output and known in result.output
 
 
-def fixed_seconds(preset):
+def measured_step(preset):
     return 1.5
 
 
-def test_a_step_is_timed_once_on_a_machine(tiny_job):
+def measured_evaluation(preset):
+    return 0.5
+
+
+def test_what_takes_time_is_measured_once_on_a_machine(tiny_job):
     preset = tiny_job("regression", steps=TIMED_STEPS + 9).preset
-    first = head_to_head._kept_seconds("step", fixed_seconds, preset)
+    assert head_to_head._kept_seconds(measured_step, preset) == 1.5
+    assert head_to_head._kept_seconds(measured_evaluation, preset) == 0.5
     head_to_head._kept_seconds.cache_clear()
-    assert first == head_to_head._kept_seconds("step", None, preset) == 1.5, "not measured again"
+    (kept,) = Path("runs").rglob("step-*.json")
+    kept.write_text('{"cpu_seconds": 2.5}')
+    assert head_to_head._kept_seconds(measured_step, preset) == 2.5, "read, not measured again"
 
 
 def test_the_time_of_a_step_leaves_out_the_first_and_the_last(tiny_job, monkeypatch):

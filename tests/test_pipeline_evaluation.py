@@ -476,6 +476,9 @@ def test_samples_stand_under_method_steps_and_budget():
     assert titles == ["ADD\n1 step", "ADD\n4 steps, budget 0.25", "DDIM\n50 steps", ""]
     assert [ax.images[0].get_array()[2, 2].tolist() for ax in figure.axes[:3]] == [[0] * 3, [0.5] * 3, [1] * 3]
     assert figure.axes[0].images[0].get_array().shape == (6, 11, 3), "side by side"
+    figure.canvas.draw()
+    over = [ax.title.get_window_extent() for ax in figure.axes[2:3]]
+    assert not any(box.overlaps(ax.images[0].get_window_extent()) for box in over for ax in figure.axes[:2])
     plt.close("all")
 
 

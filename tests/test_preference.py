@@ -110,6 +110,7 @@ def test_wilson_intervals_by_hand():
     (other,) = win_rates(votes, ["b", "c", "a"])
     assert (other["method"], other["against"], other["wins"], other["rate"]) == ("b", "a", 2, 0.2)
     assert other["low"] == pytest.approx(1 - row["high"])
+    assert win_rates(votes, ["b"]) == [other], "who is not in the order comes after it"
 
 
 def test_two_methods_have_the_log_odds_of_their_votes():
