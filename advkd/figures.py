@@ -414,16 +414,15 @@ def plot_methods(
 def plot_samples(rows: list[dict], images: list[Tensor], columns: int = 5) -> Figure:
     """Images `(n, c, h, w)` in [-1, 1] of each row under its `method`, number of `steps` and, if it is not 1, `budget`."""
     lines = -(-len(rows) // columns)
-    height = lines * (0.48 + 9 / columns / len(images[0]))  # of titles and of images as wide as they fit
-    figure, axes = plt.subplots(lines, columns, figsize=(10, height), squeeze=False)
+    height = lines * (0.4 + 9.6 / columns / len(images[0]))  # of titles and of images as wide as they fit
+    figure, axes = plt.subplots(lines, columns, figsize=(10, height), squeeze=False, layout="constrained")
     for ax in axes.flat:
         ax.set_axis_off()
     for ax, (row, shown) in zip(axes.flat, zip(rows, images, strict=True), strict=False):
         how = f"{row['steps']} step" + "s" * (row["steps"] > 1)
         how += f", budget {row['budget']:g}" if row.get("budget") not in (None, 1) else ""
-        show_images(ax, shown, len(shown), f"{row['method']}\n{how}")
-        ax.title.set_fontsize(6.5)
-    figure.tight_layout()
+        show_images(ax, shown, len(shown))
+        ax.set_title(f"{row['method']}\n{how}", loc="left", fontsize=7.5)
     return figure
 
 

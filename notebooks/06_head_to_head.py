@@ -335,7 +335,7 @@ _ = save_figure(figure, f"figures/{preset}", "glyphs_methods_ms")
 
 # %%
 letters = shown_images("glyphs")
-drawn = [row for row in glyphs if row["steps"] in (1, 2, 50) and image_key(row) in letters]
+drawn = [row for row in glyphs if row["steps"] in (1, 2, 4, 50) and image_key(row) in letters]
 figure = plot_samples(drawn, [letters[image_key(row)][:6] for row in drawn])
 _ = save_figure(figure, f"figures/{preset}", "glyphs_methods_samples")
 

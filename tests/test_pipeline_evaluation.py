@@ -477,8 +477,11 @@ def test_samples_stand_under_method_steps_and_budget():
     assert [ax.images[0].get_array()[2, 2].tolist() for ax in figure.axes[:3]] == [[0] * 3, [0.5] * 3, [1] * 3]
     assert figure.axes[0].images[0].get_array().shape == (6, 11, 3), "side by side"
     figure.canvas.draw()
-    over = [ax.title.get_window_extent() for ax in figure.axes[2:3]]
-    assert not any(box.overlaps(ax.images[0].get_window_extent()) for box in over for ax in figure.axes[:2])
+    texts = [
+        text.get_window_extent() for ax in figure.axes[:3] for text in ax.findobj(Text) if "step" in text.get_text()
+    ]
+    grids = [ax.images[0].get_window_extent() for ax in figure.axes[:3]]
+    assert len(texts) == 3 and not any(text.overlaps(grid) for text in texts for grid in grids)
     plt.close("all")
 
 
