@@ -168,8 +168,8 @@ def _text(cells: list[Cell], counts: dict[str, int], new: list[str], facts: dict
     yield "# Certificate\n"
     yield (
         "Every cell of the tables that the notebooks wrote, beside the tables of the commit that is named below. What they "
-        "take from committed studies (targets, glyphs_targets, deploy_summary, deploy_targets) is calculated again, not measured "
-        "again.\n"
+        "take from committed studies (targets, glyphs_targets, head_to_head_summary, deploy_summary, deploy_targets) is "
+        "calculated again, not measured again.\n"
     )
     yield f"| table | {' | '.join(counts)} |\n|{' --- |' * (len(counts) + 1)}"
     for table in sorted({cell.table for cell in cells}):

@@ -123,6 +123,15 @@ SUMMARY = {  # of means over seeds
     "recall_sd": "±",
     **{field: SHOWN[field] for field in ("pull_to_train", "near_copies")},
 }
+GLANCE = {
+    "data": "data",
+    **{field: SUMMARY[field] for field in ("method", "budget", "steps", "seeds", "parameters", "compute")},
+    **{
+        field: SUMMARY[field]
+        for field in ("trajectories_compute", "ms_per_image", "fd_train", "fd_heldout", "fd_unseen")
+    },
+    **{field: SUMMARY[field] for field in ("recall", "near_copies")},
+}
 
 
 @dataclass(frozen=True)
@@ -284,6 +293,16 @@ def _measure_cost(preset: Preset, threads: int) -> dict:
     sample_student(pipeline, MEMORY_BATCH, 0, progress=False)
     peak = None if before is None else memory_mb(cpu) - before
     return {"peak_memory_mb": peak, "ms_per_step": student_latency_ms(pipeline)}
+
+
+def at_a_glance(data: str, table: list[dict]) -> list[dict]:
+    """Of the means of a study, what `GLANCE` shows: every method as it is, without its parts or another network, with the
+    least budget and in one or four steps, and the teacher in four and in fifty."""
+    students = [row for row in table if row["method"] not in TEACHERS and ", " not in row["method"]]
+    least = min(row["budget"] for row in students)
+    chosen = [row for row in students if row["budget"] == least and row["steps"] in (1, 4)]
+    chosen += [row for row in table if row["method"] in TEACHERS and row["steps"] in (4, 50)]
+    return [{"data": data} | row for row in chosen]
 
 
 def keep_images(folder: Path | str, row: dict, images: Tensor) -> None:

@@ -92,7 +92,8 @@ def _reproduce(root: Path, preset: str, parameters: dict[str, str], declared: di
 
 
 def update_readme(root: Path) -> None:
-    """Put the regenerated Table 1 of the digits, its floor and what an image takes between the README's markers for them."""
+    """Put the regenerated Table 1 of the digits, its floor, and the short tables of the comparison and of what an image takes
+    between the README's markers for them."""
     readme, figures = root / "README.md", root / "figures" / "digits"
     if not readme.exists() or not (figures / "table1.json").exists():
         return
@@ -100,8 +101,9 @@ def update_readme(root: Path) -> None:
     mean, sd = (protocol[f"floor_random_splits{end}"] for end in ("", "_sd"))
     text = readme.read_text(encoding="utf-8")
     shown = {"table1": f"\n{(figures / 'table1.md').read_text()}", "floor": f"{mean:.2f} ± {sd:.2f}"}
-    if (figures / "deploy_summary.md").exists():
-        shown["deploy"] = f"\n{(figures / 'deploy_summary.md').read_text()}"
+    for name in ("head_to_head", "deploy"):
+        if (path := figures / f"{name}_summary.md").exists():
+            shown[name] = f"\n{path.read_text()}"
     for name, value in shown.items():
         before, _, rest = text.partition(f"<!-- {name} -->")
         _, end, after = rest.partition(f"<!-- /{name} -->")

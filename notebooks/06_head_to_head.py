@@ -49,7 +49,7 @@ from advkd.figures import (
     show_strip,
     start_notebook,
 )
-from advkd.head_to_head import PUBLISHED, SUMMARY, TEACHERS, compare_sampler, image_key
+from advkd.head_to_head import GLANCE, PUBLISHED, SUMMARY, TEACHERS, at_a_glance, compare_sampler, image_key
 from advkd.preference import Panel, Vote, bradley_terry, question, read_votes, win_rates
 from advkd.presets import load_preset
 from advkd.quality import Judge, means
@@ -200,12 +200,11 @@ Markdown(markdown(table, SUMMARY))
 # Students are sampled with one seed here, the teacher with three; over three Adv-KD scores 0.355 (notebook 5). By these rows:
 #
 # - **Adv-KD** is ahead of all other one-step students of budget 1 by distance in the classifier's features, by which its recipe was
-#   chosen. It has a quarter of the U-Nets' parameters and takes little more than a third of their time per image. Its critic is its own network and learns, it sees real images, and its pairs cost 250,000
-#   evaluations of the teacher beforehand (as regression's do), which ADD, progressive and consistency distillation do without. By recall it
-#   is level with ADD and behind DMD (0.77), consistency and progressive distillation (0.87) and regression (0.88), and 2 % of its images
-#   are near-copies of training images, five times as many as of ADD's in one step. Four times the training (one seed) buys recall, 0.82,
-#   and hardly any distance, 0.39; and the pull towards the training images grows: 0.68 of the samples are nearer to them than to as many
-#   held-out ones, instead of 0.63.
+#   chosen, with a quarter of the U-Nets' parameters and little more than a third of their time per image. By recall it is level with ADD and
+#   behind DMD (0.77), consistency and progressive distillation (0.87) and regression (0.88), and 2 % of its images are near-copies of
+#   training images, five times as many as of ADD's in one step. Four times the training (one seed) buys recall, 0.82, and hardly any
+#   distance, 0.39; and the pull towards the training images grows: 0.68 of the samples are nearer to them than to as many held-out
+#   ones, instead of 0.63.
 # - **ADD** comes next, asks the teacher for nothing beforehand, and gets nearer to the train split with more steps (at budget 4 no more beyond two) and with training. It was to reach 1.5 times DDIM-50's
 #   distance (0.48) in one step and 1.0 times in four. At budget 1 it **does the second (0.43; two of three seeds) and not the first (0.92)**; at budget 4 it
 #   **does both**: 0.40 in one step, 0.33 in four. There it is level with Adv-KD on the train split in one step and nearer to the held-out images
@@ -214,15 +213,7 @@ Markdown(markdown(table, SUMMARY))
 #   teacher's map from noise to image is smooth enough to be learnt. With our submodules, which see sixteen numbers of it, it is twenty times as far.
 # - **Consistency distillation** gets to 2.1 in one step and, asking the teacher for nothing beforehand and without a critic, to 1.3 in two
 #   and 0.72 in four, with more of the teacher's recall than ADD (0.87 and 0.83 in one and four steps; ADD 0.70 and 0.74). Four times the
-#   training (one seed) takes it to 1.4, 1.1 and 0.55: it keeps on falling, but more slowly than ADD. **What makes it
-#   work seems to be the moving average in its target**: an earlier version, in which the student followed itself, as Song and Dhariwal
-#   (2023) propose for training without a teacher, ended at 6.4, 31 and 69 in one step with the same three training seeds, with a loss that
-#   jumped (means of sixty steps 1.3 to 7.8, where curves were kept); now no step's exceeds 1.7 after the first eighth of budget 1. The average is that
-#   of about twenty steps (`ema` 0.95), and its weights are the ones reported (before: of 500 steps; and the first of those seeds was
-#   trained in bfloat16, now all are in float32; neither was tried by itself). Others that were tried, one run each with training seed 0 and
-#   sampling seed 1, so not to be compared with the table: this recipe has 1.6, 1.1 and 0.59 there in one, two and four steps; the student
-#   following itself at a third of the learning rate 12.9, 12.1 and 9.4; with the average, 8 timesteps instead of 20 1.9, 1.4 and 1.0, and
-#   `gain_limit` 4 instead of 8 1.5, 1.3 and 0.54.
+#   training (one seed) takes it to 1.4, 1.1 and 0.55: it keeps on falling, but more slowly than ADD.
 # - **In the random network's space, which no recipe was chosen by, the order is another.** In one step pair regression is nearest to the
 #   train split (0.036), before Adv-KD (0.040), consistency distillation (0.044) and ADD (0.060), with half as much training again as Adv-KD and
 #   ADD had; so did consistency distillation, which gains little by four steps (0.036; ADD 0.050). The held-out split gives the same order, but
@@ -267,6 +258,22 @@ Markdown(markdown(parts, {field: SUMMARY[field] for field in fields}))
 # - **Our submodules** get to 1.5 by ADD's losses, after a quarter of their steps of regression, where Adv-KD's reach 0.43. So on one and the
 #   same network Adv-KD's losses, a critic that learns its own features and the pairs to the end, do better here. ADD was not tuned
 #   for it but for the student's learning rate: with Adv-KD's, $10^{-3}$, it ended in few modes (14, recall 0.10; one run).
+#
+# ### The average in consistency distillation's target
+#
+# What makes it work seems to be the **moving average** that answers for the next point (`ema` 0.95, of about twenty steps; its weights are the
+# ones reported). An earlier version, in which the student followed itself, as Song and Dhariwal (2023) propose for training without a
+# teacher, ended at 6.4, 31 and 69 in one step with the same three training seeds, with a loss that jumped (means of sixty steps 1.3 to 7.8,
+# where curves were kept); now no step's exceeds 1.7 after the first eighth of budget 1. (The earlier one reported an average of 500 steps, and the first
+# of its seeds was trained in bfloat16, where now all are in float32; neither was tried by itself.) One run each of other settings, with training seed 0 and
+# sampling seed 1, so not to be compared with the table, in one, two and four steps:
+#
+# | | 1 | 2 | 4 |
+# | --- | --- | --- | --- |
+# | this recipe | 1.6 | 1.1 | 0.59 |
+# | the student follows itself, at a third of the learning rate | 12.9 | 12.1 | 9.4 |
+# | 8 timesteps instead of 20 | 1.9 | 1.4 | 1.0 |
+# | `gain_limit` 4 instead of 8 | 1.5 | 1.3 | 0.54 |
 #
 # ### Distance against time, and against training
 #
@@ -324,7 +331,8 @@ _ = save_figure(figure, f"figures/{preset}", "methods_samples")
 # set (notebook 5).
 
 # %% tags=["nbval-ignore-output"]
-glyphs = means(json.loads(Path("figures/glyphs/head_to_head.json").read_text())["rows"], ("method", "budget", "steps"))
+second = json.loads(Path("figures/glyphs/head_to_head.json").read_text())
+glyphs = means(second["rows"], ("method", "budget", "steps"))
 Markdown(markdown(glyphs, SUMMARY))
 
 # %%
@@ -335,8 +343,8 @@ _ = save_figure(figure, f"figures/{preset}", "glyphs_methods_ms")
 
 # %%
 letters = shown_images("glyphs")
-drawn = [row for row in glyphs if row["steps"] in (1, 2, 4, 50) and image_key(row) in letters]
-figure = plot_samples(drawn, [letters[image_key(row)][:6] for row in drawn])
+drawn = at_a_glance("glyphs", glyphs)
+figure = plot_samples(drawn, [letters[image_key(row)][:4] for row in drawn], columns=4)
 _ = save_figure(figure, f"figures/{preset}", "glyphs_methods_samples")
 
 # %% [markdown]
@@ -356,6 +364,16 @@ _ = save_figure(figure, f"figures/{preset}", "glyphs_methods_samples")
 #   has DDIM in 1 to 50 steps and DDPM, with three seeds). `python -m advkd compare --preset glyphs --budget 0.25 --seed 3` makes this
 #   budget's and this seed's, and the teacher's (many hours; what is not in `runs/` is trained again).
 #
+# ### Both at a glance
+
+# %%
+studies = {preset: (committed, table), "glyphs": (second, glyphs)}
+glance = [row for name, (_, means_of) in studies.items() for row in at_a_glance(name, means_of)]
+protocols = {name: study["protocol"] for name, (study, _) in studies.items()}
+_ = save_table(glance, protocols, f"figures/{preset}", "head_to_head_summary", GLANCE)
+Markdown(markdown(glance, GLANCE))
+
+# %% [markdown]
 # ## One row again, now
 
 # %% tags=["nbval-ignore-output"]

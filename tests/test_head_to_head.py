@@ -26,6 +26,7 @@ from advkd.head_to_head import (
     TIMED_STEPS,
     WARM_UP,
     Job,
+    at_a_glance,
     compare,
     compare_teacher,
     comparison_place,
@@ -220,6 +221,29 @@ def test_the_committed_rows_are_of_todays_jobs(name):
     students = [row for row in rows if row["method"] not in TEACHERS]
     assert all(row["compute"] > 0 for row in students)
     assert all((row["trajectories_compute"] > 0) == (row["teacher_evaluations"] > 0) for row in students)
+
+
+def test_a_glance_is_at_whole_methods_with_the_least_budget_and_at_the_teacher():
+    students = [
+        {"method": method, "budget": budget, "steps": steps}
+        for method, (_, _, sampled) in CONTESTANTS.items()
+        for budget in (1, 4)
+        for steps in sampled
+    ]
+    teachers = [{"method": method, "steps": steps} for method in TEACHERS for steps in TEACHER_STEPS]
+    shown = at_a_glance("digits", students + teachers)
+    assert {row["data"] for row in shown} == {"digits"} and {row.get("budget") for row in shown} == {1, None}
+    assert [(row["method"], row["steps"]) for row in shown] == [
+        ("Adv-KD", 1),
+        ("ADD", 1),
+        ("ADD", 4),
+        ("regression", 1),
+        ("progressive distillation", 1),
+        ("consistency distillation", 1),
+        ("consistency distillation", 4),
+        ("DMD", 1),
+        *((method, steps) for method in TEACHERS for steps in (4, 50)),
+    ]
 
 
 def test_a_rows_images_are_kept():

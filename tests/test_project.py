@@ -157,12 +157,13 @@ def test_every_figure_of_the_readme_and_of_its_map_exists():
         assert list((ROOT / "figures" / "digits").glob(name)), name
 
 
-def test_readme_shows_the_rows_of_table1():
+@pytest.mark.parametrize("name, file", [("table1", "table1"), ("head_to_head", "head_to_head_summary")])
+def test_readme_shows_the_rows_of_its_tables(name, file):
     def identities(table: str) -> list[list[str]]:
         return [[cell.strip() for cell in line.split("|")[1:7]] for line in table.strip().splitlines()]
 
-    shown = (ROOT / "README.md").read_text().split("<!-- table1 -->\n")[1].split("<!-- /table1 -->")[0]
-    assert identities(shown) == identities((ROOT / "figures" / "digits" / "table1.md").read_text())
+    shown = (ROOT / "README.md").read_text().split(f"<!-- {name} -->\n")[1].split(f"<!-- /{name} -->")[0]
+    assert identities(shown) == identities((ROOT / "figures" / "digits" / f"{file}.md").read_text())
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

@@ -104,10 +104,11 @@ def test_readme_follows_the_regenerated_table(project):
     reproduce.update_readme(project)
     new = "Table\n<!-- table1 -->\n| \\1 new |\n<!-- /table1 -->\nfloor <!-- floor -->1.23 ± 0.30<!-- /floor -->, end\n"
     assert (project / "README.md").read_text() == new
-    (project / "README.md").write_text(new + "<!-- deploy --><!-- /deploy -->\n")
-    (figures / "deploy_summary.md").write_text("| fast |\n")
-    reproduce.update_readme(project)
-    assert (project / "README.md").read_text() == new + "<!-- deploy -->\n| fast |\n<!-- /deploy -->\n"
+    for name in ("head_to_head", "deploy"):
+        (project / "README.md").write_text(f"{new}<!-- {name} --><!-- /{name} -->\n")
+        (figures / f"{name}_summary.md").write_text("| fast |\n")
+        reproduce.update_readme(project)
+        assert (project / "README.md").read_text() == f"{new}<!-- {name} -->\n| fast |\n<!-- /{name} -->\n"
 
 
 def test_unknown_parameters_and_presets_are_refused_before_anything_runs(project):
