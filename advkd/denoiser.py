@@ -18,7 +18,8 @@ class Denoiser(ModelMixin, ConfigMixin):
 
     From a prediction of epsilon the image is alpha x_t - (sigma / alpha) (epsilon - sigma x_t), where an error counts 157
     times at t = 999. That factor is limited to `gain_limit`, which keeps the gradients of a student that starts from its
-    teacher's weights in one range; 8 changes nothing below t = 641 of a linear schedule, 4 nothing below t = 527.
+    teacher's weights in one range; 8 changes nothing below t = 641 of a linear schedule, 4 nothing below t = 527. A teacher
+    that answers in a training (of all methods but Adv-KD and regression) has the default limit too.
     """
 
     @register_to_config

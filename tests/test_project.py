@@ -157,13 +157,13 @@ def test_every_figure_of_the_readme_and_of_its_map_exists():
         assert list((ROOT / "figures" / "digits").glob(name)), name
 
 
-@pytest.mark.parametrize("name, file", [("table1", "table1"), ("head_to_head", "head_to_head_summary")])
-def test_readme_shows_the_rows_of_its_tables(name, file):
-    def identities(table: str) -> list[list[str]]:
-        return [[cell.strip() for cell in line.split("|")[1:7]] for line in table.strip().splitlines()]
+@pytest.mark.parametrize("name, file, columns", [("table1", "table1", 6), ("head_to_head", "head_to_head_summary", 14)])
+def test_readme_shows_its_tables(name, file, columns):  # of Table 1 without what is measured anew
+    def cells(table: str) -> list[list[str]]:
+        return [[cell.strip() for cell in line.split("|")[1 : 1 + columns]] for line in table.strip().splitlines()]
 
     shown = (ROOT / "README.md").read_text().split(f"<!-- {name} -->\n")[1].split(f"<!-- /{name} -->")[0]
-    assert identities(shown) == identities((ROOT / "figures" / "digits" / f"{file}.md").read_text())
+    assert cells(shown) == cells((ROOT / "figures" / "digits" / f"{file}.md").read_text())
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

@@ -104,11 +104,14 @@ def test_readme_follows_the_regenerated_table(project):
     reproduce.update_readme(project)
     new = "Table\n<!-- table1 -->\n| \\1 new |\n<!-- /table1 -->\nfloor <!-- floor -->1.23 ± 0.30<!-- /floor -->, end\n"
     assert (project / "README.md").read_text() == new
-    for name in ("head_to_head", "deploy"):
-        (project / "README.md").write_text(f"{new}<!-- {name} --><!-- /{name} -->\n")
-        (figures / f"{name}_summary.md").write_text("| fast |\n")
-        reproduce.update_readme(project)
-        assert (project / "README.md").read_text() == f"{new}<!-- {name} -->\n| fast |\n<!-- /{name} -->\n"
+    marks = "{0}<!-- head_to_head -->{1}<!-- /head_to_head -->\n<!-- deploy -->{2}<!-- /deploy -->\n"
+    (project / "README.md").write_text(marks.format(new, "", ""))
+    (figures / "deploy_summary.md").write_text("| fast |\n")
+    reproduce.update_readme(project)
+    assert (project / "README.md").read_text() == marks.format(new, "", "\n| fast |\n")
+    (figures / "head_to_head_summary.md").write_text("| near |\n")
+    reproduce.update_readme(project)
+    assert (project / "README.md").read_text() == marks.format(new, "\n| near |\n", "\n| fast |\n")
 
 
 def test_unknown_parameters_and_presets_are_refused_before_anything_runs(project):
