@@ -352,26 +352,28 @@ figure = plot_samples(drawn, [glyph_images[image_key(row)][:4] for row in drawn]
 _ = save_figure(figure, f"figures/{preset}", "glyphs_methods_samples")
 
 # %% [markdown]
-# - **Adv-KD is the nearest in one step**, here in both spaces (347, and 0.155 in the random network's), with a sixth of the parameters and a
+# - **Adv-KD is the nearest in one step**, here in both spaces (347, and 0.155 in the random network's; but see ADD's adversarial part), with a sixth of the parameters and a
 #   third of the time per image. With its whole training it is ahead of its teacher's DDIM and DDPM in up to 1000 steps in both
 #   (192 and 0.074, three seeds; notebook 5); with a quarter it is level with DDPM by the classifier's features alone, and behind DDIM-50 (252, 0.133).
-# - **Pair regression** is next (413), and not ahead in the random network's space as it is on the digits (0.254).
+# - **Pair regression** is the next whole method (413), and not ahead in the random network's space as it is on the digits (0.254).
 # - **Consistency distillation in two steps is as near as the teacher in fifty by the classifier's features** (250 and 252), without trajectories and
 #   without a critic, but not in the random network's space (0.227 and 0.133), where one step of Adv-KD is nearer too. In one step it has
 #   471, and in four 392, further again, though not in that space (0.219). Its images in four steps look grainy. A likely reason: of
 #   real images, noised to $t = 249$ as before the last of four steps, it gives back the flat grounds with grain of a standard deviation of 0.064 (about
-#   the mean of 3 x 3 pixels in [-1, 1]; 64 images; not kept), where the teacher leaves 0.023. It has the highest recall of these students (0.70 in two
-#   and four steps; Adv-KD 0.67, DDIM-50 0.82).
+#   the mean of 3 x 3 pixels in [-1, 1]; 64 images; not kept), where the teacher leaves 0.023. Its recall (0.70 in two
+#   and four steps; Adv-KD 0.67, DDIM-50 0.82) is behind that of ADD's adversarial part in four alone.
 # - **ADD** is far off (643, 556 and 582 in one, two and four steps, with a recall of 0.36 in one), its images look grainy too, and in the
 #   random network's space it gets further with every step (0.71, 0.90, 1.01). Other than on the digits, four steps of DPM-Solver++ with the teacher itself are
-#   nearer than it by the classifier's features (504), and level with its one step in the other space (0.72). It had 412 steps here, where the digits' budget 1 has 720. Adv-KD's weight of R1 follows
-#   the size of the images and ADD's two do not (they are the digits'), but whether that or the short training is to blame was not tried.
+#   nearer than it by the classifier's features (504), and level with its one step in the other space (0.72).
+# - **ADD's adversarial part alone is not far off**: one step of it scores 350, level with Adv-KD, and four 236, before DDIM-50 (252), with a recall of
+#   0.54 and 0.80. In the random network's space it is twice as far as Adv-KD in one step (0.31) and further in four (0.69). So here the distillation harms, where on the digits both are level. It had 13 to 18 % more training (522 steps to 412), and
+#   the weights of all of ADD's losses are the digits'; others were not tried.
 # - **Progressive distillation** is further off than ADD's one step by the classifier's features (831), and nearer in the random network's space (0.44); recall 0.45.
 # - **DMD does not get away from its start**, the grey blur that the teacher answers to noise alone (8,715; its own step of DDIM 8,691, notebook 5; the column of near-copies counts 46 % of
 #   its images, for a blur is close to any pale one). None of its 250 steps brings the loss of its pairs below 0.21, where
 #   regression alone is at 0.016 by then (curves of the trainings, not kept): perhaps the difference of the two denoisers drowns it. On the digits DMD is
 #   behind regression too; a smaller learning rate or a greater weight of the pairs was not tried.
-# - **Not made yet:** the parts of ADD, other seeds, budget 1, and most of the teacher's rows (notebook 5
+# - **Not made yet:** other parts of ADD, other seeds, budget 1, and most of the teacher's rows (notebook 5
 #   has DDIM in 1 to 50 steps and DDPM, with three seeds). `python -m advkd compare --preset glyphs --budget 0.25 --seed 3` makes this
 #   budget's and this seed's, and the teacher's (many hours; what is not in `runs/` is trained again).
 #
