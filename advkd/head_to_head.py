@@ -297,12 +297,9 @@ def at_a_glance(data: str, table: list[dict]) -> list[dict]:
     least budget that it has, and the teacher in four and in fifty steps."""
     students = [row for row in table if row["method"] not in TEACHERS and ", " not in row["method"]]
     teachers = [row for row in table if row["method"] in TEACHERS and row["steps"] in (4, 50)]
-    least = {}
-    for row in students:
-        least[row["method"]] = min(row["budget"], least.get(row["method"], row["budget"]))
-    return [{"data": data} | row for row in students if row["budget"] == least[row["method"]]] + [
-        {"data": data} | row for row in teachers
-    ]
+    least = {row["method"]: row["budget"] for row in sorted(students, key=lambda row: row["budget"], reverse=True)}
+    students = [row for row in students if row["budget"] == least[row["method"]]]
+    return [{"data": data} | row for row in students + teachers]
 
 
 def keep_images(folder: Path | str, row: dict, images: Tensor) -> None:
