@@ -29,7 +29,7 @@ DPI = 110
 COMPARABLE = ("extractor", "unseen", "teacher_fingerprint", "images", "sampling_seed", "fd_train_subset")
 INK, PAPER_RECIPE, IMPROVED_RECIPE, TEACHER = "#333333", "#c8553d", "#2a6f97", "#7a7a7a"
 COLOURS = {"paper": PAPER_RECIPE, "improved": IMPROVED_RECIPE, "teacher": TEACHER}
-MARKERS = "os^DvP*XphH<>"  # of methods
+MARKERS = "os^DvP*X<>phH"  # of methods
 
 
 def start_notebook() -> None:
@@ -383,20 +383,22 @@ def _logarithmic(ax: Axes, axes: str = "xy") -> None:
 def plot_methods(
     rows: list[dict], x: str, y: str, labels: tuple[str, str], lines: dict[str, float], named: str = "steps"
 ) -> Figure:
-    """Rows as points in the plane of two fields, on logarithmic axes: a colour for each `method`, whose points are joined and
-    say their field `named` where there are several; `<field>_sd` as error bars. Unless `named` is the budget, those of
-    a larger budget are hollow, on a line of their own. `lines` (name: value of y) are drawn across."""
+    """Rows as points in the plane of two fields, on logarithmic axes: a colour for each `method`, shared by its variants
+    ("method, variant"), and a marker for each of all. A method's points are joined and say their field `named` where there
+    are several; `<field>_sd` as error bars. Unless `named` is the budget, those of a larger budget are hollow, on a line of
+    their own. `lines` (name: value of y) are drawn across."""
     figure, ax = plt.subplots(figsize=(7.5, 4.4))
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    trained = [method for method in methods if not method.startswith("teacher")]
-    colours = dict(zip(trained, sns.color_palette("husl", len(trained)), strict=True))
+    families = dict.fromkeys(method.split(",")[0] for method in methods if not method.startswith("teacher"))
+    colours = dict(zip(families, sns.color_palette("deep", len(families)), strict=True)) | {"teacher": TEACHER}
+    marked = list(dict.fromkeys([*families, *methods]))  # a method looks alike with its variants drawn and without
     curves = {(row["method"], 0 if named == "budget" else row.get("budget") or 0) for row in rows}
     for method, budget in sorted(curves, key=lambda curve: (methods.index(curve[0]), curve[1])):
         of = [row for row in rows if row["method"] == method and budget in (0, row.get("budget"))]
-        of, colour = sorted(of, key=lambda row: row[named]), colours.get(method, TEACHER)
+        of, colour = sorted(of, key=lambda row: row[named]), colours[method.split(",")[0]]
         more = any(curve[0] == method and curve[1] < budget for curve in curves)
         line, inside, name = ("--", "white", f", budget {budget:g}") if more else ("-", colour, "")
-        style = {"fmt": MARKERS[methods.index(method) % len(MARKERS)] + line, "color": colour, "mfc": inside}
+        style = {"fmt": MARKERS[marked.index(method) % len(MARKERS)] + line, "color": colour, "mfc": inside}
         style |= {"label": method + name, "ms": 6, "lw": 1, "capsize": 2}
         bars = [[row.get(f"{field}_sd") or 0 for row in of] for field in (x, y)]
         ax.errorbar([row[x] for row in of], [row[y] for row in of], xerr=bars[0], yerr=bars[1], **style)

@@ -281,14 +281,15 @@ Markdown(markdown(parts, {field: SUMMARY[field] for field in fields}))
 #
 # ### Distance against time, and against training
 #
-# Students by the time an image takes, those of budget 4 hollow; then one-step students by their training, which was to be equal at a budget.
+# The methods as they are, without their parts and other networks, by the time an image takes; those of budget 4 hollow.
 
 # %%
 students = [row for row in table if row["method"] not in TEACHERS]
 teachers = [row for row in table if row["method"] in TEACHERS]
 ddim50 = next(row["fd_train"] for row in teachers if row["method"] == "teacher, DDIM" and row["steps"] == 50)
+whole = [row for row in table if row in teachers or ", " not in row["method"]]
 labels = "ms per image", "Frechet distance to the train split"
-figure = plot_methods(table, "ms_per_image", "fd_train", labels, {"DDIM-50": ddim50})
+figure = plot_methods(whole, "ms_per_image", "fd_train", labels, {"DDIM-50": ddim50})
 _ = save_figure(figure, f"figures/{preset}", "methods_ms")
 
 # %% [markdown]
@@ -296,8 +297,11 @@ _ = save_figure(figure, f"figures/{preset}", "methods_ms")
 
 # %%
 labels = "ms per image", "Frechet distance to the train split, random network"
-figure = plot_methods(table, "ms_per_image", "fd_unseen", labels, {})
+figure = plot_methods(whole, "ms_per_image", "fd_unseen", labels, {})
 _ = save_figure(figure, f"figures/{preset}", "methods_unseen")
+
+# %% [markdown]
+# All one-step students, those of parts of a method too, by their training, which was to be equal at a budget:
 
 # %%
 one_step = [row for row in students if row["steps"] == 1]
@@ -347,7 +351,7 @@ _ = save_figure(figure, f"figures/{preset}", "glyphs_methods_ms")
 
 # %%
 glyph_images = shown_images("glyphs")
-drawn = [row for row in at_a_glance("glyphs", glyphs) if image_key(row) in glyph_images]
+drawn = [row for row in glyphs if row["steps"] in (1, 4, 50) and image_key(row) in glyph_images]
 figure = plot_samples(drawn, [glyph_images[image_key(row)][:4] for row in drawn])
 _ = save_figure(figure, f"figures/{preset}", "glyphs_methods_samples")
 

@@ -466,6 +466,22 @@ def test_a_methods_steps_are_joined_and_named():
     plt.close("all")
 
 
+def test_a_method_looks_alike_with_and_without_its_variants():
+    rows = [
+        {"method": name, "steps": 1, "ms": 1, "fd": 1} for name in ("ADD", "ADD, random start", "DMD", "teacher, DDIM")
+    ]
+    looks = []
+    for drawn in (rows, rows[::2]):
+        (ax,) = figures.plot_methods(drawn, "ms", "fd", ("", ""), {}).axes
+        looks.append({bars.get_label(): (bars[0].get_color(), bars[0].get_marker()) for bars in ax.containers})
+    plt.close("all")
+    every, few = looks
+    assert few == {name: every[name] for name in ("ADD", "DMD")}
+    (colour, marker), (other, another) = every["ADD"], every["ADD, random start"]
+    assert colour == other and marker != another
+    assert every["teacher, DDIM"][0] == figures.TEACHER != every["DMD"][0] != colour
+
+
 def test_samples_stand_under_method_steps_and_budget():
     rows = [{"method": "ADD", "steps": n, "budget": b} for n, b in ((1, 1), (4, 0.25))] + [
         {"method": "DDIM", "steps": 50}
