@@ -389,7 +389,7 @@ _ = save_figure(figure, f"figures/{preset}", "glyphs_methods_samples")
 #   behind regression too; a smaller learning rate or a greater weight of the pairs was not tried.
 # - **The teacher** in eight steps of DPM-Solver++ is level with fifty of DDIM (250; 0.144 in the random network's space, a little behind), and in sixteen
 #   ahead in both (239 and 0.089). In two neither it nor DDIM is of use.
-# - **Not made yet:** other parts of ADD, other seeds, budget 1, and of the teacher sixteen steps of DDIM and fifty of DPM-Solver++ (notebook 5
+# - **Not made yet:** other parts of ADD, other seeds, budget 1, and of the teacher fifty steps of DPM-Solver++ (notebook 5
 #   has DDIM in 1 to 50 steps and DDPM, with three seeds). `python -m advkd compare --preset glyphs --budget 0.25 --seed 3` makes this
 #   budget's and this seed's, and the teacher's (many hours; what is not in `runs/` is trained again).
 #
