@@ -374,9 +374,9 @@ _ = save_figure(figure, f"figures/{preset}", "glyphs_methods_samples")
 #   nearer than it by the classifier's features (504), and level with its one step in the other space (0.72).
 # - **ADD's adversarial part alone is not far off**: one step of it scores 350, level with Adv-KD, and four 236, before DDIM-50 (252), with a recall of
 #   0.54 and 0.80. In the random network's space it is twice as far as Adv-KD in one step (0.31) and further in four (0.69). So here the distillation harms, where on the digits both are level. It had 13 to 18 % more training (522 steps to 412).
-# - **What is known of why:** the critic's heads begin at random, and under their first updates the student forgets what its teacher knows. At
+# - **Why the distillation harms is open.** What was seen, of ADD with it and without: the critic's heads begin at random, and in its first steps the student forgets what its teacher knows. At
 #   $t = 249$ the mean squared distance of its answers from the real images goes from 0.016 to 0.13 in 30 steps, and the letters fade (256 images,
-#   training seed 1; without the distillation it is the same; the digits': 0.028 to 0.045). At a quarter of the learning rate it goes to 0.042, with 30 steps of
+#   training seed 1; the digits': 0.028 to 0.045). At a quarter of the learning rate it goes to 0.042, with 30 steps of
 #   the critic alone before to 0.060. But a smaller learning rate is no cure by itself: of three whole trainings of both parts with other settings
 #   (training seed 1, sampling seed 2, one step) a quarter of it gave 1150 and noisy blots, Adv-KD's rule for larger images (R1 on the
 #   images times 12, $\lambda$ times 3.5) 983 and paler letters, a critic that is shown less noise (`feature_noise` -2.5, 1.5) 514; in the random network's space
