@@ -15,6 +15,7 @@ from torch import Tensor
 
 from advkd.benchmark import memory_mb
 from advkd.data import load_images, to_uint8
+from advkd.devices import label, pick_device, precision
 from advkd.evaluation import sample_student, student_latency_ms, student_row, teacher_row
 from advkd.figures import figures_folder
 from advkd.files import locked, read_object, write_atomic, write_json
@@ -209,6 +210,8 @@ def compare_sampler(judge: Judge, preset: Preset, method: str, steps: int, seed:
     """The row, without times, of the teacher with a method of `TEACHERS` and a sampling seed, and its first images."""
     images = teacher_images(judge.teacher, preset, TEACHERS[method], steps, seed, IMAGES)
     row = teacher_row(judge.teacher, TEACHERS[method], steps) | {"method": method, "seed": seed, "images": IMAGES}
+    where = pick_device()
+    row |= {"sampled_on": label(where), "dtype": precision(preset.teacher_dtype, where)}
     return row | judge.measure(images), images[:KEPT]
 
 

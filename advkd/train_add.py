@@ -12,7 +12,8 @@ from advkd import losses
 from advkd.data import batch_generator
 from advkd.denoiser import Denoiser
 from advkd.devices import average_gradients, pick_device
-from advkd.presets import Preset
+from advkd.features import VIRTUAL_BATCH
+from advkd.presets import Preset, UserError
 from advkd.train_regression import pair_loss
 from advkd.training import (
     Data,
@@ -70,6 +71,14 @@ def train_add(
 class _Loop:
     def __init__(self, student, teacher, features, heads, data, preset, device):
         self.preset, self.device, self.data, self.mine = preset, device, data, Share(device)
+        size, count = preset.batch_size(0), self.mine.count
+        if (
+            preset.adversarial_weight and count > 1 and size % (VIRTUAL_BATCH * count)
+        ):  # their groups would be others than one process has
+            raise UserError(
+                f"{count} processes share a batch of {size} images, but the heads normalise over {VIRTUAL_BATCH} at a time: "
+                f"let batch_sizes be a multiple of {VIRTUAL_BATCH * count}"
+            )
         self.plan = Plan(preset, len(data.store))
         self.steps, self.features = self.plan.steps, features
         self.critic_loss, self.student_loss = ADVERSARIAL[preset.adversarial]

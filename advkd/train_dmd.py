@@ -88,26 +88,26 @@ class _Loop:
         values |= descend(loss, self.student, self.optimizers["student_optimizer"], self.modules.get("average"))
         return 0, self.plan.images_seen(step), values | self._train_fake(x0.detach(), generator)
 
-    def _noised(self, x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def _noised(self, x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         t = self.mine.of(torch.randint(*SAFE_TIMESTEPS, (len(x0) * self.mine.count,), generator=generator)).to(
             self.device
         )
         eps = self.mine.randn(generator, *x0.shape)
-        return self.teacher.noised(x0, eps, t), eps, t
+        return self.teacher.noised(x0, eps, t), t
 
     def _matching(self, x0: Tensor, generator: torch.Generator) -> Tensor:
-        xt, _, t = self._noised(x0.detach(), generator)
+        xt, t = self._noised(x0.detach(), generator)
         with torch.no_grad(), autocast(self.preset, self.device):
-            real, fake = self.teacher(xt, t).clamp(-1, 1), self.modules["fake"](xt, t)
+            real, fake = self.teacher(xt, t), self.modules["fake"](xt, t)
         return matching_loss(x0, real, fake)
 
     def _train_fake(self, x0: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """The student's images are learnt by the loss of its teacher's training, of the image with at most unit weight."""
+        """The student's images are learnt by the loss of a teacher's training: the mean squared error of what the U-Net itself
+        predicts, which the gain makes an image's."""
         fake, optimizer = self.modules["fake"], self.optimizers["fake_optimizer"]
-        xt, _, t = self._noised(x0, generator)
-        alpha, sigma = fake.levels(t)
+        xt, t = self._noised(x0, generator)
         with autocast(self.preset, self.device):
-            loss = ((alpha / sigma).square().clamp(max=5) * (fake(xt, t) - x0).square()).mean()
+            loss = ((fake(xt, t) - x0) / fake.gain[t].view(-1, 1, 1, 1)).square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         average_gradients(fake.parameters())

@@ -1,6 +1,7 @@
 """Progressive distillation (Salimans and Ho 2022): each student does in one step what its teacher does in two."""
 
 import copy
+from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,11 +56,13 @@ class _Loop:
         self.first = teacher.to(device, memory_format=torch.channels_last)
         grid, last = preset.student_grid, len(preset.student_timesteps)
         self.grids = [grid >> n for n in range(grid.bit_length()) if grid >> n >= last]  # steps of each phase's student
+        count = len(self.grids)
+        self.begins = [-(-n * self.steps // count) for n in range(count + 1)]  # of the phases, and the end of the last
         self.phase = None
         self.modules, self.optimizers = {}, {}
 
     def _phase_of(self, step: int) -> int:
-        return step * len(self.grids) // self.steps
+        return bisect_right(self.begins, step) - 1
 
     def enter(self, step: int) -> None:
         """A phase's teacher, the student so far; a fresh optimizer and a fresh average."""
@@ -100,8 +103,8 @@ class _Loop:
 
     def _learning_rate(self, step: int) -> float:
         """Falls linearly to zero over each phase, as published."""
-        begin, end = (round(n * self.steps / len(self.grids)) for n in (self.phase, self.phase + 1))
-        return self.preset.learning_rate * max(0.0, (end - step) / max(end - begin, 1))
+        begin, end = self.begins[self.phase : self.phase + 2]
+        return self.preset.learning_rate * (end - step) / (end - begin)
 
     def finish(self) -> None:
         """Leave the reported weights in the student."""

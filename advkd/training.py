@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
-from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from advkd.checkpoints import checkpoint_due, load_checkpoint, read_checkpoint_state, save_checkpoint
-from advkd.data import batch_generator, make_latent
+from advkd.data import batch_generator, make_latent, seeded_noise
 from advkd.devices import all_mean, average_gradients, precision, processes, to_device, with_global_batches
 from advkd.files import differences
 from advkd.folder import CachedImages
@@ -27,8 +26,8 @@ class TrainRecord:
     """One step: losses and the L2 norms of the gradients that the optimizers used; None where a method has no such thing.
 
     `critic_loss` and `student_loss` are what is minimised: with the weighted penalty of this step, and with all weighted
-    terms. Unweighted: `reconstruction_loss`, what the student is told to reproduce (of Adv-KD the sum over the heads, of
-    ADD the score distillation), and `penalty`, the gradient penalty of this step (None where lazy regularisation leaves
+    terms; of DMD, which has no critic, `critic_loss` is its second denoiser's. Unweighted: `reconstruction_loss`, what the
+    student is told to reproduce (of Adv-KD the sum over the heads, of ADD the score distillation, of DMD the pairs), and `penalty`, the gradient penalty of this step (None where lazy regularisation leaves
     it out; of ADD that on images, where there is one). `stage` is the submodule or the phase that is trained.
     """
 
@@ -109,7 +108,7 @@ class Plan:
         return order[position * size : (position + 1) * size]
 
     def images_seen(self, step: int) -> int:
-        """Images of the student's that the critic has been shown once this step is done, over all stages."""
+        """Images that the student has made for its losses once this step is done, over all stages."""
         k, local = self._locate(step)
         earlier = sum(n * self.preset.batch_size(i) for i, n in self.stages.items() if i < k)
         return earlier + (local + 1) * self.preset.batch_size(k)
@@ -221,7 +220,11 @@ class Share:
         (self.rank, self.count), self.device = processes(), device
 
     def of(self, whole: Tensor) -> Tensor:
-        """This process' part of what belongs to a batch, where it is."""
+        """This process' part of what belongs to a batch, where it is. Raises UserError when it cannot be shared evenly."""
+        if len(whole) % self.count:
+            raise UserError(
+                f"a batch of {len(whole)} images cannot be shared by {self.count} processes; change batch_sizes"
+            )
         return whole[self.rank :: self.count]
 
     def randn(self, generator: torch.Generator, count: int, *shape: int) -> Tensor:
@@ -245,11 +248,8 @@ class Data:
     def pairs(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """This process' share of trajectories: the noise and the teacher's image from it."""
         mine = self.mine.of(indices)
-        return to_device(self._noise[mine], self.device), self._shown(self.final[mine])
-
-    @cached_property
-    def _noise(self) -> Tensor:
-        return self.store.latents("full")
+        noise = seeded_noise(mine.tolist(), self.preset.image_shape, self.store.config["trajectory_seed"])
+        return to_device(noise, self.device), self._shown(self.final[mine])
 
     def _shown(self, x: Tensor) -> Tensor:
         return as_images(to_device(x, self.device)).contiguous(memory_format=torch.channels_last)

@@ -1,6 +1,7 @@
 """ADD and the baselines: losses by hand, targets against DDIM, whose weights move, resuming."""
 
 import json
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -135,9 +136,7 @@ def test_the_last_timestep_is_noise_alone_and_minus_one_the_clean_image(denoiser
 
 def test_ddim_steps_are_those_of_diffusers(teacher, denoiser, images):
     scheduler = DDIMScheduler.from_config(teacher.scheduler.config, clip_sample=False, timestep_spacing="trailing")
-    scheduler.set_timesteps(4)  # 999, 749, 499, 249
-    xt, eps = images[:1], torch.randn(1, 1, 16, 16)
-    xt = denoiser.noised(images[:1], eps, torch.tensor([749]))
+    xt = denoiser.noised(images[:1], torch.randn(1, 1, 16, 16), torch.tensor([749]))
     with torch.no_grad():
         ours = denoiser.ddim(xt, denoiser(xt, torch.tensor([749])), torch.tensor([749]), torch.tensor([499]))
         output = teacher.unet(xt, 749).sample
@@ -273,9 +272,6 @@ def test_features_are_the_teachers_at_the_noise_level_that_is_drawn(denoiser, im
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-# Targets
-
-
 @pytest.fixture(scope="module")
 def dino_folder(tmp_path_factory):
     """A tiny DINOv2 with random weights, for one's own weights are not shipped."""
@@ -368,6 +364,9 @@ def test_features_that_cannot_be_read_are_named(tmp_path, source):
         DinoFeatures.from_pretrained(source or str(tmp_path))
 
 
+# Targets
+
+
 def test_one_step_to_the_target_is_two_steps_of_the_teacher(denoiser, images):
     t, middle, end = torch.tensor([999, 499, 249]), torch.tensor([874, 374, 124]), torch.tensor([749, 249, -1])
     xt = denoiser.noised(images[:3], torch.randn(3, 1, 16, 16), t)
@@ -453,6 +452,138 @@ def test_a_method_moves_its_student_and_nothing_that_is_frozen(tmp_path, monkeyp
         for a, b in zip(load_run(tmp_path).student.unet.parameters(), teacher.unet.parameters(), strict=True)
         if a.ndim > 1
     )
+
+
+# What a step descends, from what the networks said in it
+
+
+class Watch:
+    """Notes each call of a Denoiser, `(who, x_t, t, image)`, and the gradients that reach the images."""
+
+    def __init__(self, monkeypatch):
+        self.calls, self.gradients, forward = [], {}, Denoiser.forward
+
+        def noted(denoiser, xt, t):
+            image, n = forward(denoiser, xt, t), len(self.calls)
+            self.calls.append((denoiser, xt.detach(), t, image.detach().clone()))
+            if image.requires_grad:
+                image.register_hook(lambda gradient: self.gradients.update({n: gradient.clone()}))
+            return image
+
+        monkeypatch.setattr(Denoiser, "forward", noted)
+
+
+def signal_to_noise(denoiser, t):
+    return (denoiser.alpha[t] / denoiser.sigma[t]).square().view(-1, 1, 1, 1)
+
+
+@pytest.fixture
+def one_step(tmp_path, method, store, images, monkeypatch):
+    """The record of the last of some steps of a method in float32, and what its networks said in all of them."""
+
+    def take(recipe, steps=1, **fields):
+        p, watch = method(recipe, train_dtype="float32", steps=steps, **fields), Watch(monkeypatch)
+        given = images if p.real_share else None
+        *_, record = islice(train_run(p, store, tmp_path / "run", images=given, device="cpu"), steps)
+        return record, watch  # before the student is saved, and its images shown
+
+    return take
+
+
+def paired(store, noise):
+    """The teacher's images from the noise."""
+    every = store.latents("full")
+    found = [int((every == x).flatten(1).all(1).nonzero()) for x in noise]
+    return store.images(torch.tensor(found))
+
+
+def test_regression_descends_the_error_of_its_pairs(one_step, store):
+    record, watch = one_step("regression")
+    ((_, noise, t, image),) = watch.calls
+    assert t.tolist() == [999] * 4
+    assert record.student_loss == pytest.approx((image - paired(store, noise)).square().mean().item(), rel=1e-5)
+
+
+def test_progressive_distillation_descends_the_error_of_two_steps_weighted_by_the_signal(one_step):
+    record, watch = one_step("progressive")
+    (teacher, xt, t, _), (again, _, middle, _), (student, seen, at, image) = watch.calls[-3:]
+    assert teacher is again is not student and torch.equal(xt, seen) and torch.equal(t, at)
+    n = ((t + 1) * 16 / 1000).round().long()  # of the first phase's sixteen steps
+    assert torch.equal(t, timestep(n, 16)) and torch.equal(middle, timestep(2 * n - 1, 32))
+    with torch.no_grad():
+        target = two_steps(teacher, xt, t, middle, timestep(n - 1, 16))
+    weight = signal_to_noise(teacher, t).clamp(min=1)
+    assert record.student_loss == pytest.approx((weight * (image - target).square()).mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("steps", [5, 8, 12])
+def test_the_rate_of_progressive_distillation_falls_to_zero_with_each_phase(
+    tmp_path, method, store, images, monkeypatch, steps
+):
+    rates, step = [], torch.optim.Adam.step
+
+    def noted(optimizer, *args, **kwargs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", noted)
+    p = method("progressive", steps=steps, learning_rate=3e-4)
+    phases = [record.stage for record in train_run(p, store, tmp_path, images=images, device="cpu")]
+    assert phases == sorted(phases) and len(set(phases)) == 5
+    for phase in set(phases):
+        of_phase = [rate for rate, k in zip(rates, phases, strict=True) if k == phase]
+        assert of_phase == pytest.approx([3e-4 * (1 - n / len(of_phase)) for n in range(len(of_phase))])
+
+
+def test_consistency_distillation_descends_the_distance_to_what_the_next_point_gives(one_step):
+    record, watch = one_step("consistency", student_grid=20)
+    (teacher, xt, t, expected), (followed, after, end, there), (student, _, at, image) = watch.calls
+    assert torch.equal(t, at) and ((t + 1) % 50 == 0).all() and student is not followed is not teacher
+    assert torch.equal(end, (t - 50).clamp(min=0))
+    torch.testing.assert_close(after, teacher.ddim(xt, expected, t, t - 50))
+    target = torch.where((t == 49).view(-1, 1, 1, 1), after, there)
+    assert record.student_loss == pytest.approx(pseudo_huber(image, target).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.7])
+def test_dmd_descends_along_the_difference_and_its_second_denoiser_learns_as_a_teacher(one_step, store, weight):
+    fields = {"reconstruction_weight": weight, "adversarial_weight": 2.0, "batch_sizes": (12,)}
+    record, watch = one_step("dmd", steps=2, **fields)  # in the first the two denoisers are the same
+    first = len(watch.calls) // 2
+    (_, noise, last, x0), (teacher, xt, t, real), (second, same, _, fake), *pairs, learnt = watch.calls[first:]
+    assert not torch.equal(real, fake)
+    assert last.tolist() == [999] * 12 and teacher is not second and torch.equal(xt, same) and learnt[0] is second
+    scale = (x0 - real).abs().mean((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(watch.gradients[first], 2 * (fake - real) / scale / x0.numel(), rtol=1e-4, atol=1e-7)
+    matching = 0.5 * ((fake - real) / scale).square().mean().item()
+    of_pairs = sum((image - paired(store, noise)).square().mean().item() for _, noise, _, image in pairs)
+    assert len(pairs) == bool(weight) and record.student_loss == pytest.approx(
+        2 * matching + weight * of_pairs, rel=1e-4
+    )
+    assert record.reconstruction_loss == (pytest.approx(of_pairs, rel=1e-5) if weight else None)
+
+    _, xt, t, image = learnt  # a prediction of epsilon is to be the noise, as in a teacher's training
+    alpha, sigma = (x.view(-1, 1, 1, 1) for x in (second.alpha[t], second.sigma[t]))
+    predicted, noise = (xt - alpha * image) / sigma, (xt - alpha * x0) / sigma
+    share = ((sigma / alpha) / second.gain[t].view(-1, 1, 1, 1)).square()  # 1 where the gain is not limited
+    assert (share == 1).any() and (share > 1).any()
+    assert record.critic_loss == pytest.approx((share * (predicted - noise).square()).mean().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("how", ["exponential", "sds"])
+def test_add_descends_towards_what_its_teacher_makes_of_the_students_images(one_step, how):
+    fields = {"adversarial_weight": 0.0, "distillation_weight": 2.5, "distillation": how, "simulated_share": 0.0}
+    record, watch = one_step("add", **fields)
+    (_, _, _, fake), (teacher, xt, t, expected) = watch.calls
+    assert (t >= 20).all() and (t < 980).all()
+    alpha, sigma = teacher.alpha[t].view(-1, 1, 1, 1), teacher.sigma[t].view(-1, 1, 1, 1)
+    noise = (xt - alpha * fake) / sigma
+    assert noise.std().item() == pytest.approx(1, abs=0.15), "the student's images are noised"
+    weight = alpha if how == "exponential" else alpha * sigma / 2
+    apart = fake - expected.clamp(-1, 1)
+    assert record.reconstruction_loss == pytest.approx((weight * apart.square()).mean().item(), rel=1e-4)
+    assert record.student_loss == pytest.approx(2.5 * record.reconstruction_loss, rel=1e-5)
+    torch.testing.assert_close(watch.gradients[0], 2.5 * 2 * weight * apart / apart.numel(), rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.parametrize("recipe", METHODS)
@@ -661,7 +792,10 @@ def test_a_store_of_another_teacher_is_refused(tmp_path, method, store, make_une
         finish(train_run(p, opened, tmp_path / "run", images=images, device="cpu"))
 
 
-def test_without_images_the_teachers_stand_in(tmp_path, method, store):
-    last = finish(train_run(method("add", real_share=0.0, steps=2), store, tmp_path, device="cpu"))
-    assert isinstance(last.critic_loss, float)
-    assert isinstance(load_run(tmp_path).student, nn.Module)
+@pytest.mark.parametrize("recipe", ["add", "progressive", "consistency"])
+def test_without_images_the_teachers_stand_in(tmp_path, method, store, monkeypatch, recipe):
+    drawn, real = [], training.Data.real
+    monkeypatch.setattr(training.Data, "real", lambda data, generator: drawn.append(real(data, generator)) or drawn[-1])
+    finish(train_run(method(recipe, real_share=0.0, steps=5), store, tmp_path, device="cpu"))
+    teachers = store.images().flatten(1)
+    assert all((x == teachers).all(1).any() for images in drawn for x in images.flatten(1))

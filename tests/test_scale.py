@@ -177,6 +177,18 @@ def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch, improved, s
         )
 
 
+@pytest.mark.parametrize("method", ["add", "regression", "progressive", "consistency", "dmd"])
+def test_a_batch_that_processes_cannot_share_is_refused_by_every_method(
+    tmp_path, monkeypatch, improved, store, teacher_folder, tiny, method
+):
+    monkeypatch.setattr(training, "processes", lambda: (0, 3))
+    preset = load_preset("digits", method, teacher=str(teacher_folder), **tiny | {"batch_sizes": (16,)})
+    images = load_images(improved, "train")[0][:32] if preset.real_share else None
+    message = "multiple of 24" if method == "add" else "a batch of 16 images cannot be shared by 3 processes"
+    with pytest.raises(UserError, match=message):
+        finish(train_run(preset, store, tmp_path, images=images, device="cpu"))
+
+
 def test_two_processes_make_the_store_of_one(tmp_path):
     teacher = make_teacher(tmp_path / "teacher", 32, 3, DDPMScheduler())
     arguments = [
