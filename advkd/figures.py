@@ -386,7 +386,7 @@ def plot_methods(
     """Rows as points in the plane of two fields, on logarithmic axes: a colour for each `method`, shared by its variants
     ("method, variant"), and a marker for each of all. A method's points are joined and say their field `named` where there
     are several; `<field>_sd` as error bars. Unless `named` is the budget, those of a larger budget are hollow, on a line of
-    their own. `lines` (name: value of y) are drawn across."""
+    their own, with the Pareto front of all behind. `lines` (name: value of y) are drawn across."""
     figure, ax = plt.subplots(figsize=(7.5, 4.4))
     methods = list(dict.fromkeys(row["method"] for row in rows))
     families = dict.fromkeys(method.split(",")[0] for method in methods if not method.startswith("teacher"))
@@ -406,11 +406,23 @@ def plot_methods(
             ax.annotate(row[named], (row[x], row[y]), (4, 4), textcoords="offset points", fontsize=7, color=colour)
     for (name, value), dashes in zip(lines.items(), (":", "--", "-."), strict=False):
         ax.axhline(value, color=INK, ls=dashes, lw=1, zorder=0, label=name)
+    if named != "budget":
+        front = pareto_front([(row[x], row[y]) for row in rows])
+        ax.plot(*zip(*front, strict=True), color="0.8", lw=3, zorder=0, drawstyle="steps-post", label="Pareto front")
     ax.set(xlabel=labels[0], ylabel=labels[1])
     _logarithmic(ax)
     ax.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     figure.tight_layout()
     return figure
+
+
+def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points (x, y) that no other is at least as good as in both, by x; less is better."""
+    front = []
+    for point in sorted(set(points)):
+        if not front or point[1] < front[-1][1]:
+            front.append(point)
+    return front
 
 
 def plot_samples(rows: list[dict], images: list[Tensor], columns: int = 5) -> Figure:

@@ -96,9 +96,10 @@ class _Loop:
         return self.teacher.noised(x0, eps, t), t
 
     def _matching(self, x0: Tensor, generator: torch.Generator) -> Tensor:
+        """`matching_loss` of the expected images, both clamped: the same denoisers are to give no gradient."""
         xt, t = self._noised(x0.detach(), generator)
         with torch.no_grad(), autocast(self.preset, self.device):
-            real, fake = self.teacher(xt, t), self.modules["fake"](xt, t)
+            real, fake = (d(xt, t).clamp(-1, 1) for d in (self.teacher, self.modules["fake"]))
         return matching_loss(x0, real, fake)
 
     def _train_fake(self, x0: Tensor, generator: torch.Generator) -> dict[str, Tensor]:

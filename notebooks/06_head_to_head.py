@@ -175,7 +175,7 @@ assert len(records) == live_steps and sharp[1] > sharp[0], "the student is as gr
 # trajectories"): 250,000 evaluations of the U-Net take another 0.69 of budget 1, whatever the budget.
 #
 # - **Pair regression** (Luhman and Luhman 2021): the teacher's image from the same noise, by mean squared error.
-# - **Progressive distillation** (Salimans and Ho 2022): 16 steps into 8, into 4, into 2, into 1.
+# - **Progressive distillation** (Salimans and Ho 2022): 32 steps of DDIM into 16, into 8, into 4, into 2, into 1.
 # - **Consistency distillation** (Song et al. 2023): all points of a trajectory give the same image. What the next point gives is asked of
 #   the student's moving average. A teacher's step is DDIM's on 20 timesteps, and images are compared by the pseudo-Huber distance of Song
 #   and Dhariwal (2023).
@@ -218,7 +218,7 @@ Markdown(markdown(table, SUMMARY))
 #   teacher's map from noise to image is smooth enough to be learnt. With our submodules, which see sixteen numbers of it, it is twenty times as far.
 # - **Consistency distillation** gets to 2.1 in one step and, asking the teacher for nothing beforehand and without a critic, to 1.3 in two
 #   and 0.72 in four, with more of the teacher's recall than ADD (0.87 and 0.83 in one and four steps; ADD 0.70 and 0.74). Four times the
-#   training (one seed) takes it to 1.4, 1.1 and 0.55: it keeps on falling, but more slowly than ADD.
+#   training (one seed) takes it to 1.4, 1.1 and 0.55: it keeps on falling, but in one and two steps more slowly than ADD.
 # - **In the random network's space, which no recipe was chosen by, the order is another.** In one step pair regression is nearest to the
 #   train split (0.036), before Adv-KD (0.040), consistency distillation (0.044) and ADD (0.060), with 1.5 times the training that Adv-KD and
 #   ADD had; so had consistency distillation, which gains little by four steps (0.036; ADD 0.050). The held-out split gives the same order, but
@@ -254,7 +254,7 @@ Markdown(markdown(parts, {field: SUMMARY[field] for field in fields}))
 # - **Distillation alone collapses** into nearly one image: recall is zero, while each image is typical. It seems to pull towards the
 #   nearest mode of the teacher's distribution. In ADD's own ablation it fails as well (FID 315.6, paper), although a text says there
 #   which image is meant.
-# - So here **the adversarial part alone** does as well as both: in one step 0.84 against 0.92 at budget 1 and 0.32 against 0.40 at budget 4,
+# - So here **the adversarial part alone**, with 9 % more training, does as well as both: in one step 0.84 against 0.92 at budget 1 and 0.32 against 0.40 at budget 4,
 #   in four 0.49 against 0.43 and 0.31 against 0.33 (three seeds each at budget 1; at budget 4 one against three). That is
 #   by distance to the train split; at budget 4 one step of both is nearer to held-out images (1.05 against 1.20). ADD's ablation has much
 #   the same order (FID 20.8 adversarial alone, 20.6 both, paper); its authors call both losses essential, with text in mind too. Zheng and Yang
@@ -336,7 +336,7 @@ _ = save_figure(figure, f"figures/{preset}", "methods_samples")
 # and Adv-KD's network 421,857. There budget 1, the recipe's 10,000 steps, takes two and a quarter hours of one thread without
 # bfloat16 (AMD, AVX2), so these rows have **a quarter of it, from one training seed**, and of the teacher one sampling seed. The making of
 # 5,000 trajectories takes 0.35 of budget 1, here more than the training itself. "Training compute" was timed on an
-# idle machine; it says 8 % less to 1 % more than Adv-KD for the others, while their own trainings, two at a time, took 1 to 6 % more.
+# idle machine; it says 8 % less to 1 % more than Adv-KD for the others, but 12 % more for ADD's adversarial part.
 # Recipes are those of the digits; only Adv-KD's weights of L1 and R1, its widths and number of steps were chosen on this data
 # set (notebook 5).
 

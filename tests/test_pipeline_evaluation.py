@@ -454,16 +454,22 @@ def test_a_methods_steps_are_joined_and_named():
     (ax,) = figure.axes
     assert [text.get_text() for text in ax.texts] == ["1", "2", "4"], "a method of one step needs no number"
     assert ax.containers[0][0].get_xydata().tolist() == [[10, 4], [20, 2], [40, 1]]
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["floor", "ADD", "DMD"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["floor", "Pareto front", "ADD", "DMD"]
     rows = [{"method": "ADD", "steps": 1, "budget": n, "ms": 10 * n, "fd": 4 / n} for n in (4, 1)]
     (ax,) = figures.plot_methods(rows, "ms", "fd", ("ms", "distance"), {}, named="budget").axes
     assert [text.get_text() for text in ax.texts] == ["1", "4"]
+    assert "Pareto front" not in [text.get_text() for text in ax.get_legend().get_texts()]
     ax = figures.plot_methods(rows, "ms", "fd", ("ms", "distance"), {}).axes[0]
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["ADD", "ADD, budget 4"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["Pareto front", "ADD", "ADD, budget 4"]
     small, large = (bars[0] for bars in ax.containers)
     assert small.get_xydata().tolist() == [[10, 4]] and large.get_xydata().tolist() == [[40, 1]]
     assert small.get_markerfacecolor() == small.get_color() == large.get_color() != large.get_markerfacecolor()
     plt.close("all")
+
+
+def test_nothing_is_on_the_front_that_another_beats():
+    points = [(2, 3), (1, 5), (2, 4), (3, 3), (4, 1), (1, 5), (5, 2)]
+    assert figures.pareto_front(points) == [(1, 5), (2, 3), (4, 1)]
 
 
 def test_a_method_looks_alike_with_and_without_its_variants():
