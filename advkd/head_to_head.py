@@ -29,9 +29,17 @@ from advkd.trajectories import generate_trajectories, trajectory_dir
 # The submodules have the improved recipe's learning rate, but for ADD, where it ends in few modes (FD 14, recall 0.10; seed 3),
 # and need a warm-up where others inherit weights.
 _OURS = {"architecture": "submodules", "student_timesteps": (999,)}
+_PUBLISHED_ADD = {  # a logit for each of the student's timesteps stays, and so do the rates of learning
+    "adversarial": "hinge",
+    "distillation_weight": 2.5,
+    "image_penalty_weight": 0.0,
+    "simulated_share": 0.0,
+    "gain_limit": Preset.gain_limit,
+}
 CONTESTANTS = {
     "Adv-KD": ("improved", {}, (1,)),
     "ADD": ("add", {}, (1, 2, 4)),
+    "ADD, losses as published": ("add", _PUBLISHED_ADD, (1, 4)),
     "ADD, adversarial alone": ("add", {"distillation_weight": 0.0}, (1, 4)),
     "ADD, distillation alone": ("add", {"adversarial_weight": 0.0}, (1, 4)),
     "ADD, random start": ("add", {"start": "random"}, (1, 4)),
@@ -50,6 +58,7 @@ BUDGETS = {"digits": (1, 4), "glyphs": (0.25, 1)}
 STEPS = {
     "digits": {
         "ADD": 720,
+        "ADD, losses as published": 900,
         "ADD, adversarial alone": 870,
         "ADD, distillation alone": 1320,
         "ADD, random start": 720,
@@ -62,6 +71,7 @@ STEPS = {
     },
     "glyphs": {
         "ADD": 1650,
+        "ADD, losses as published": 2070,
         "ADD, adversarial alone": 2090,
         "ADD, distillation alone": 2370,
         "ADD, random start": 1650,

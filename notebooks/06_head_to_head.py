@@ -182,13 +182,14 @@ assert len(records) == live_steps and sharp[1] > sharp[0], "the student is as gr
 # - **DMD** (Yin et al. 2024): a second denoiser follows the student's images, and the student descends along the difference.
 # - **The teacher itself**, with DDIM and DPM-Solver++, in 1 to 50 steps.
 #
-# **How fair is it?** Adv-KD's recipe was chosen among about twenty runs, ADD's among some ninety, consistency distillation's among
-# five; regression, progressive distillation and DMD have what was published, but for a learning rate that suited all U-Nets. So the rows of these
-# say what this budget gives without tuning, and not what the methods can do. The digits' teacher predicts noise, and where
+# **How fair is it?** Adv-KD's recipe was chosen among about twenty runs, ADD's among some ninety, DMD's among a dozen (below), consistency distillation's among
+# five, the average of progressive distillation between two; regression has what was published, but for a learning rate that suited all U-Nets. So the rows of
+# these say what this budget gives with little tuning, and not what the methods can do. Students are averages over some 500 steps (of consistency and progressive
+# distillation twenty), which is much of a short training: a third of the weights of ADD's average come from the first half of its 720 steps. The digits' teacher predicts noise, and where
 # ADD, progressive, consistency distillation and DMD ask it, it has the limit of a student's factor $\sigma / \alpha$ (8); trajectories are made without. So
 # limited it scores 0.69 instead of 0.52 in 20 steps of DDIM (0.028 either way in the random network's space). With an unlimited teacher one run each
-# came to no less: ADD 0.94 and 0.55 in one and four steps (training seed 3; the table's row 0.93 and 0.54), DMD 4.8 (seed 5; 4.0);
-# progressive and consistency distillation, which follow its steps, were not tried so. (These runs are not kept.)
+# came to no less: ADD 0.94 and 0.55 in one and four steps (training seed 3; the table's row 0.93 and 0.54); the others were not tried so.
+# (These runs are not kept.)
 # Times are one thread's, one image at a time; memory is of 64 at once, over that of the process.
 
 # %% tags=["nbval-ignore-output"]
@@ -196,17 +197,17 @@ table = means(rows, ("method", "budget", "steps"))
 Markdown(markdown(table, SUMMARY))
 
 # %% [markdown]
-# **How many seeds a row has, the table says** (three training seeds at budget 1; at budget 4 three of ADD, one of Adv-KD,
-# of ADD's adversarial part, of consistency distillation and of DMD; the teacher: three sampling seeds); `python -m advkd compare` makes what is missing.
+# **How many seeds a row has, the table says** (three training seeds at budget 1; at budget 4 three of ADD and one of the other methods and of
+# ADD's adversarial part; the teacher: three sampling seeds); `python -m advkd compare` makes what is missing.
 # So take the single seeds of budget 4 for a first impression, and small differences for none. The budgets were set on a processor that computes in bfloat16, where
-# they were to take as long as Adv-KD's (by the rows in bfloat16 0.9 to 1.3 times its CPU time, beside other work); "training compute" is in float32 on one without it (AMD, AVX2), where the others'
-# took up to half as much more. Just over half of the students were trained there, in float32 (`dtype` in the table's file).
-# DMD's at budget 4 lay still for 42 minutes, which its "training, s" contains.
+# they were to take as long as Adv-KD's; "training compute" is in float32 on one without it (AMD, AVX2), where the others'
+# took up to half as much more (of ADD with the losses as published it follows from ADD's by the ratio of their steps' times on another processor). Well over a third of the students were trained there, in float32 (`dtype` in the table's file), the others on
+# two processors with bfloat16, one of them twice as fast: "training, s" does not compare.
 # Students are sampled with one seed here, the teacher with three; over three Adv-KD scores 0.355 (notebook 5). By these rows:
 #
 # - **Adv-KD** is ahead of all other one-step students of budget 1 by distance in the classifier's features, by which its recipe was
 #   chosen, with a quarter of the U-Nets' parameters and little more than a third of their time per image. By recall it is level with ADD and
-#   behind DMD (0.77), consistency and progressive distillation (0.87) and regression (0.88), and 2 % of its images are near-copies of
+#   behind consistency and progressive distillation (0.87), DMD and regression (0.88), and 2 % of its images are near-copies of
 #   training images, five times as many as of ADD's in one step. Four times the training (one seed) buys recall, 0.82, and hardly any
 #   distance, 0.39; and the pull towards the training images grows: 0.68 of the samples are nearer to them than to as many held-out
 #   ones, instead of 0.63.
@@ -215,21 +216,23 @@ Markdown(markdown(table, SUMMARY))
 #   **does both**: 0.40 in one step, 0.33 in four. There it is level with Adv-KD on the train split in one step and nearer to the held-out images
 #   (1.05 against 1.41), with half as many near-copies, but behind by recall (0.75 against 0.82).
 # - **Pair regression** is three times as far as Adv-KD, with nearly the recall of the teacher: the U-Net is given the whole noise, and the
-#   teacher's map from noise to image is smooth enough to be learnt. With our submodules, which see sixteen numbers of it, it is twenty times as far.
+#   teacher's map from noise to image is smooth enough to be learnt. With our submodules, which see sixteen numbers of it, it is twenty times as far. Four times the training (one seed) brings it
+#   no nearer (1.5).
 # - **Consistency distillation** gets to 2.1 in one step and, asking the teacher for nothing beforehand and without a critic, to 1.3 in two
 #   and 0.72 in four, with more of the teacher's recall than ADD (0.87 and 0.83 in one and four steps; ADD 0.70 and 0.74). Four times the
 #   training (one seed) takes it to 1.4, 1.1 and 0.55: it keeps on falling, but in one and two steps more slowly than ADD.
 # - **In the random network's space, which no recipe was chosen by, the order is another.** In one step pair regression is nearest to the
-#   train split (0.036), before Adv-KD (0.040), consistency distillation (0.044) and ADD (0.060), with 1.5 times the training that Adv-KD and
-#   ADD had; so had consistency distillation, which gains little by four steps (0.036; ADD 0.050). The held-out split gives the same order, but
-#   Adv-KD and consistency distillation are level there (both 0.090). With four times the training Adv-KD (0.026, one seed) is the nearest
-#   student of those that had it, not far from DDIM-50 (0.023); ADD gets to 0.039 (its adversarial part alone to 0.034, one seed), consistency
-#   distillation to 0.038 (one seed). Regression and progressive distillation had no such training.
+#   train split (0.036), before Adv-KD (0.040), DMD (0.043), consistency distillation (0.044), progressive distillation (0.058) and ADD (0.060). It had 1.5 times
+#   the training that Adv-KD and ADD had; so had consistency distillation, which gains little by four steps (0.036; ADD 0.050). The held-out split
+#   gives the same order in the main, with DMD before Adv-KD and consistency distillation (0.088; both 0.090). With four times the training (one seed each, ADD three)
+#   Adv-KD (0.026) is the nearest student in one step, not far from DDIM-50 (0.023), before DMD and ADD's adversarial part alone (0.034), regression (0.037), consistency
+#   distillation (0.038), ADD (0.039) and progressive distillation (0.043).
 # - **Below the distance of real digits from each other, nearer need not mean better.** 600 real digits are 0.82 ± 0.32 from the other 1,197,
 #   over ten random splits (notebook 4). At 600 images ADD in four steps has 0.85, Adv-KD 0.96 and DDIM-50 0.98 (`fd_train_subset` in the
 #   table's file): as near as that.
-# - **Progressive distillation and DMD** are further off (3.1 and 4.5). They are known to need long trainings; see above on fairness. Four
-#   times the training (one seed) takes DMD to 3.4, and in the random network's space nowhere (0.145; 0.130 before).
+# - **DMD** gets to 1.8, and with four times the training (one seed) to 1.1, the third there after ADD and Adv-KD. It has the pairs that regression has, and what
+#   the difference of its denoisers adds to them begins to show there: regression stays at 1.5.
+# - **Progressive distillation** is the furthest of the whole methods (2.4), and at four times the training level with regression (1.6).
 # - **The teacher** in eight steps of DPM-Solver++ is as near to the train split as in fifty of DDIM, but not to held-out images (1.67 against 1.43); in one to four it is far behind ADD.
 #
 # ### The parts of ADD
@@ -261,13 +264,17 @@ Markdown(markdown(parts, {field: SUMMARY[field] for field in fields}))
 #   (2025, arXiv 2506.09376) argue that a GAN's loss alone is enough to make a one-step student of a diffusion model.
 # - **A random start** is three times as far from the train split as the teacher's weights in one step and nine times in four; in ADD's
 #   paper it fails altogether.
+# - **With its losses as published** (the hinge loss, $\lambda = 2.5$, no R1 on the images, no chain, `gain_limit` 8) ADD gets to 1.7 in one step and,
+#   further off, 2.6 in four, with a recall of 0.61 and 0.60; in the random network's space 0.136 and 0.169 (three seeds, budget 1). The recipe here has
+#   0.92 and 0.43, 0.70 and 0.74, 0.060 and 0.050. (The heads keep what the paper does not have, a logit for every timestep and a learning rate of
+#   their own, and nothing was chosen for these losses.)
 # - **Our submodules** get to 1.5 by ADD's losses, after a quarter of their steps of regression, where Adv-KD's reach 0.43. So on one and the
 #   same network Adv-KD's losses, a critic that learns its own features and the pairs to the end, do better here. ADD was not tuned
 #   for it but for the student's learning rate: with Adv-KD's, $10^{-3}$, it ended in few modes (14, recall 0.10; one run).
 #
-# ### The average in consistency distillation's target
+# ### The average that is a target
 #
-# What makes it work seems to be the **moving average** that says what the next point of a trajectory gives (`ema` 0.95, of about twenty steps; its
+# What makes consistency distillation work seems to be the **moving average** that says what the next point of a trajectory gives (`ema` 0.95, of about twenty steps; its
 # weights are the ones reported). An earlier version, in which the student followed itself, as Song and Dhariwal (2023) propose for training without a
 # teacher, ended at 6.4, 31 and 69 in one step with the same three training seeds, with a loss that jumped (means of sixty steps 1.3 to 7.8,
 # where curves were kept); now no step's exceeds 1.7 after the first eighth of budget 1. (The earlier one reported an average of 500 steps, and the first
@@ -280,6 +287,26 @@ Markdown(markdown(parts, {field: SUMMARY[field] for field in fields}))
 # | the student follows itself, and a third of the learning rate | 12.9 | 12.1 | 9.4 |
 # | this recipe, 8 timesteps instead of 20 | 1.9 | 1.4 | 1.0 |
 # | this recipe, `gain_limit` 4 instead of 8 | 1.5 | 1.3 | 0.54 |
+#
+# In progressive distillation each phase's average is the next one's teacher. With `ema` 0.998, an average of 500 steps in a phase of 268, it
+# came to 2.7 (0.081 in the random network's space), with 0.95 to 2.1 (0.060): one run each with the same seeds, not kept either.
+#
+# ### What DMD needed
+#
+# The paper compares its pairs by LPIPS, with a weight of 0.25. Here it is the squared error, a smaller number, and its weight decides
+# whether the images come apart. One run each at budget 1 of the digits (training seed 0, sampling seed 1) and a quarter of it of the glyphs (1 and 2); distance to
+# the train split, with that in the random network's space:
+#
+# | weight of the pairs | digits | glyphs |
+# | --- | --- | --- |
+# | 0.25 | 2.7, 0.075 | 8100, 4.8: one blot for all (with `ema` 0.95) |
+# | 2 | 1.5, 0.039 | |
+# | **4** | 1.5, 0.041 | 1150, 0.60 |
+#
+# What else was tried, with the weight 0.25: neither denoiser's answer clamped to [-1, 1] 7.7 on the digits and 8700 on the glyphs; `ema` 0.95 2.9 on the digits; a third of the learning
+# rate, with `ema` 0.95, 7700 on the glyphs. A clamp on the teacher's answer alone, as it was here before, lets two equal denoisers differ, and the second one is to learn with its
+# teacher's own weights of the timesteps: with at most 5 on the error of the image, as before, the noisier half of them had 3 % of the weight on the glyphs.
+# None of these runs is kept.
 #
 # ### Distance against time, and against training
 #
@@ -324,8 +351,14 @@ def shown_images(preset):
     return {name: from_uint8(x) for name, x in load_file(f"figures/{preset}/head_to_head.safetensors").items()}
 
 
+def drawn_of(table, images):
+    """Of the rows of a study, those whose images are drawn: of few steps, and the teacher's of some."""
+    asked = [row for row in table if row["steps"] in ((4, 50) if row["method"] in TEACHERS else (1, 4))]
+    return [row for row in asked if image_key(row) in images]
+
+
 images = shown_images(preset)
-drawn = [row for row in students + teachers if row["steps"] in (1, 4, 50) and image_key(row) in images]
+drawn = drawn_of(students + teachers, images)
 figure = plot_samples(drawn, [images[image_key(row)][:6] for row in drawn])
 _ = save_figure(figure, f"figures/{preset}", "methods_samples")
 
@@ -334,7 +367,7 @@ _ = save_figure(figure, f"figures/{preset}", "methods_samples")
 #
 # The same methods on the glyphs (letters in colour, 32 px, real images without end; notebook 5), whose teacher's U-Net has 2.6M parameters
 # and Adv-KD's network 421,857. There budget 1, the recipe's 10,000 steps, takes two and a quarter hours of one thread without
-# bfloat16 (AMD, AVX2), so these rows have **a quarter of it, from one training seed**, and of the teacher one sampling seed. The making of
+# bfloat16 (AMD, AVX2), so these rows have **a quarter of it, from one or two training seeds**, and of the teacher one sampling seed. The making of
 # 5,000 trajectories takes 0.35 of budget 1, here more than the training itself. "Training compute" was timed on an
 # idle machine; it says 8 % less to 1 % more than Adv-KD for the others, but 12 % more for ADD's adversarial part.
 # Recipes are those of the digits; only Adv-KD's weights of L1 and R1, its widths and number of steps were chosen on this data
@@ -353,9 +386,8 @@ _ = save_figure(figure, f"figures/{preset}", "glyphs_methods_ms")
 
 # %%
 glyph_images = shown_images("glyphs")
-asked = [row for row in glyphs if row["steps"] in ((4, 50) if row["method"] in TEACHERS else (1, 4))]
-drawn = [row for row in asked if image_key(row) in glyph_images]
-figure = plot_samples(drawn, [glyph_images[image_key(row)][:4] for row in drawn])
+drawn = drawn_of(glyphs, glyph_images)
+figure = plot_samples(drawn, [glyph_images[image_key(row)][:3] for row in drawn], columns=7)
 _ = save_figure(figure, f"figures/{preset}", "glyphs_methods_samples")
 
 # %% [markdown]
@@ -369,9 +401,9 @@ _ = save_figure(figure, f"figures/{preset}", "glyphs_methods_samples")
 #   real images, noised to $t = 249$ as before the last of four steps, it gives back the flat grounds with grain of a standard deviation of 0.064 (about
 #   the mean of 3 x 3 pixels in [-1, 1]; 64 images; not kept), where the teacher leaves 0.023. Its recall (0.70 in two
 #   and four steps; Adv-KD 0.67, DDIM-50 0.82) is behind that of ADD's adversarial part in four alone.
-# - **ADD** is far off (643, 556 and 582 in one, two and four steps, with a recall of 0.36 in one), its images look grainy too, and in the
-#   random network's space it gets further with every step (0.71, 0.90, 1.01). Other than on the digits, four steps of DPM-Solver++ with the teacher itself are
-#   nearer than it by the classifier's features (504), and level with its one step in the other space (0.72).
+# - **ADD** is far off (575, 576 and 575 in one, two and four steps, two seeds, with a recall of 0.36 in one), its images look grainy too, and in the
+#   random network's space it gets further with every step (0.66, 0.91, 1.11). Other than on the digits, four steps of DPM-Solver++ with the teacher itself are
+#   nearer than it by the classifier's features (504), and about level with its one step in the other space (0.72).
 # - **ADD's adversarial part alone is not far off**: one step of it scores 350, level with Adv-KD, and four 236, before DDIM-50 (252), with a recall of
 #   0.54 and 0.80. In the random network's space it is twice as far as Adv-KD in one step (0.31) and further in four (0.69). So here the distillation harms, where on the digits both are level. It had 13 to 18 % more training (522 steps to 412).
 # - **Why the distillation harms is open.** What was seen, of ADD with it and without: the critic's heads begin at random, and in its first steps the student forgets what its teacher knows. At
@@ -380,16 +412,14 @@ _ = save_figure(figure, f"figures/{preset}", "glyphs_methods_samples")
 #   the critic alone before to 0.060. But a smaller learning rate is no cure by itself: of three whole trainings of both parts with other settings
 #   (training seed 1, sampling seed 2, one step) a quarter of it gave 1150 and noisy blots, Adv-KD's rule for larger images (R1 on the
 #   images times 12, $\lambda$ times 3.5) 983 and paler letters, a critic that is shown less noise (`feature_noise` -2.5, 1.5) 514; in the random network's space
-#   1.56, 0.86 and 1.10, all further than the table's 0.71. None of these is kept; `papermill notebooks/06_head_to_head.ipynb out.ipynb
+#   1.56, 0.86 and 1.10, all further than the table's 0.66. None of these is kept; `papermill notebooks/06_head_to_head.ipynb out.ipynb
 #   -p preset glyphs -p live_steps 30` draws the fading (and makes the glyphs' trajectories first).
-# - **Progressive distillation** is further off than ADD's one step by the classifier's features (831), and nearer in the random network's space (0.44); recall 0.45.
-# - **DMD does not get away from its start**, the grey blur that the teacher answers to noise alone (8,715; its own step of DDIM 8,691, notebook 5; the column of near-copies counts 46 % of
-#   its images, for a blur is close to any pale one). None of its 250 steps brings the loss of its pairs below 0.21, where
-#   regression alone is at 0.016 by then (curves of the trainings, not kept): perhaps the difference of the two denoisers drowns it. On the digits DMD is
-#   behind regression too; a smaller learning rate or a greater weight of the pairs was not tried.
+# - **Progressive distillation** is not far from ADD's one step by the classifier's features (625), and half as far in the random network's space (0.35); recall 0.52.
+# - **DMD** is the furthest (1,148; 0.60 in the random network's space, recall 0.34). A quarter of the budget is 250 steps of it, and its pairs, which have to bring the images
+#   apart first, are still falling there. The column of near-copies counts 7 % of its images: a blur is close to any pale one (the teacher's one step: all).
 # - **The teacher** in eight steps of DPM-Solver++ is level with fifty of DDIM (250; 0.144 in the random network's space, a little behind), and in sixteen
 #   ahead in both (239 and 0.089). In two neither it nor DDIM is of use.
-# - **Not made yet:** other parts of ADD, other seeds, budget 1, and of the teacher fifty steps of DPM-Solver++ (notebook 5
+# - **Not made yet:** other parts of ADD, more seeds, budget 1, and of the teacher fifty steps of DPM-Solver++ (notebook 5
 #   has DDIM in 1 to 50 steps and DDPM, with three seeds). `python -m advkd compare --preset glyphs --budget 0.25 --seed 3` makes this
 #   budget's and this seed's, and the teacher's (many hours; what is not in `runs/` is trained again).
 #
