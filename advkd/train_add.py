@@ -72,12 +72,11 @@ class _Loop:
     def __init__(self, student, teacher, features, heads, data, preset, device):
         self.preset, self.device, self.data, self.mine = preset, device, data, Share(device)
         size, count = preset.batch_size(0), self.mine.count
-        if (
-            preset.adversarial_weight and count > 1 and size % (VIRTUAL_BATCH * count)
-        ):  # their groups would be others than one process has
+        whole = VIRTUAL_BATCH * count  # otherwise the heads' groups are not those of one process
+        if preset.adversarial_weight and count > 1 and size % whole:
             raise UserError(
                 f"{count} processes share a batch of {size} images, but the heads normalise over {VIRTUAL_BATCH} at a time: "
-                f"let batch_sizes be a multiple of {VIRTUAL_BATCH * count}"
+                f"let batch_sizes be a multiple of {whole}"
             )
         self.plan = Plan(preset, len(data.store))
         self.steps, self.features = self.plan.steps, features

@@ -27,8 +27,9 @@ class TrainRecord:
 
     `critic_loss` and `student_loss` are what is minimised: with the weighted penalty of this step, and with all weighted
     terms; of DMD, which has no critic, `critic_loss` is its second denoiser's. Unweighted: `reconstruction_loss`, what the
-    student is told to reproduce (of Adv-KD the sum over the heads, of ADD the score distillation, of DMD the pairs), and `penalty`, the gradient penalty of this step (None where lazy regularisation leaves
-    it out; of ADD that on images, where there is one). `stage` is the submodule or the phase that is trained.
+    student is told to reproduce (of Adv-KD the sum over the heads, of ADD the score distillation, of DMD the pairs), and
+    `penalty`, the gradient penalty of this step (None where lazy regularisation leaves it out; of ADD that on images, where
+    there is one). `stage` is the submodule or the phase that is trained.
     """
 
     step: int
