@@ -292,16 +292,30 @@ def _check_type(field: dataclasses.Field, value: object) -> None:
         raise UserError(f"{field.name} is {value!r}, but must be {wanted}")
 
 
+# Fields that not every method reads: a change that does nothing is refused.
+_READ_BY = {
+    "target": ("advkd",),
+    **dict.fromkeys(("critic", "critic_width", "critic_noise", "penalty"), ("advkd",)),
+    **dict.fromkeys(("unsupervised", "feature_weight"), ("advkd",)),
+    **dict.fromkeys(("penalty_weight", "penalty_every"), ("advkd", "add")),
+    "adversarial_weight": ("advkd", "add", "dmd"),
+    "reconstruction_weight": ("advkd", "dmd"),
+    "student_grid": ("progressive", "consistency"),
+    **dict.fromkeys(("distillation_weight", "distillation", "warm_up_steps", "features", "feature_noise"), ("add",)),
+    **dict.fromkeys(("critic_learning_rate", "image_penalty_weight", "simulated_share"), ("add",)),
+}
+
+
 def _check_method(p: Preset) -> None:
     times, last = p.student_timesteps, TRAIN_TIMESTEPS - 1
-    if p.critic_learning_rate and p.method != "add":
-        raise UserError(
-            f"critic_learning_rate is {p.critic_learning_rate:g}, but method {p.method!r} has one learning_rate for all: "
-            "critic_learning_rate=0"
-        )
-    for field in ("image_penalty_weight", "simulated_share"):
-        if getattr(p, field) and p.method != "add":
-            raise UserError(f"{field} is {getattr(p, field):g}, but method {p.method!r} has no such thing: {field}=0")
+    own = _RECIPES["improved"] | late_fields() | _METHODS.get(p.method, {})
+    for field, methods in _READ_BY.items():
+        value = getattr(p, field)
+        if p.method not in methods and value != own[field]:
+            raise UserError(
+                f"{field} is {value!r}, but method {p.method!r} does not use it (only {' and '.join(methods)}): "
+                f"leave it at {own[field]!r}"
+            )
     known = {"advkd": ("non-saturating", "forward-kl"), "add": ("non-saturating", "hinge")}.get(
         p.method, ("non-saturating",)
     )
@@ -309,8 +323,6 @@ def _check_method(p: Preset) -> None:
         raise UserError(
             f"adversarial is {p.adversarial!r}, but method {p.method!r} knows {' and '.join(map(repr, known))}"
         )
-    if p.features and p.method != "add":
-        raise UserError(f"features is {p.features!r}, but method {p.method!r} has no critic on features: features=''")
     if p.method == "advkd" and p.architecture == "unet":
         raise UserError(
             "architecture is 'unet', but Adv-KD trains submodules: architecture='submodules', or another method"
@@ -333,6 +345,11 @@ def _check_method(p: Preset) -> None:
     halvings = math.log2(max(p.student_grid, 1) / len(times))
     if p.method == "progressive" and (halvings < 0 or halvings % 1):
         raise UserError(f"student_grid is {p.student_grid}, but must be {len(times)} times a power of two")
+    if p.method == "progressive" and p.steps <= halvings:
+        raise UserError(
+            f"steps is {p.steps}, but progressive distillation from {p.student_grid} to {len(times)} timesteps has "
+            f"{round(halvings) + 1} phases of a step or more"
+        )
     if p.method == "consistency" and not 2 <= p.student_grid <= TRAIN_TIMESTEPS:
         raise UserError(f"student_grid is {p.student_grid}, but must be 2 to {TRAIN_TIMESTEPS}")
 

@@ -1103,7 +1103,7 @@ CASES = [
         "features of another method",
         copies("store"),
         TRAIN + " --set features=dino",
-        "features is 'dino', but method 'advkd' has no critic on features",
+        "features is 'dino', but method 'advkd' does not use it",
     ),
     # ---- notebooks ----
     Case("outside of a checkout", nothing, "reproduce", "not inside a checkout of advkd"),

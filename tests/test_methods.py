@@ -479,12 +479,12 @@ def signal_to_noise(denoiser, t):
 
 @pytest.fixture
 def one_step(tmp_path, method, store, images, monkeypatch):
-    """The record of the last of some steps of a method in float32, and what its networks said in all of them."""
+    """The record of the last of the `taken` of some steps of a method in float32, and what its networks said in them."""
 
-    def take(recipe, steps=1, **fields):
+    def take(recipe, steps=1, taken=None, **fields):
         p, watch = method(recipe, train_dtype="float32", steps=steps, **fields), Watch(monkeypatch)
         given = images if p.real_share else None
-        *_, record = islice(train_run(p, store, tmp_path / "run", images=given, device="cpu"), steps)
+        *_, record = islice(train_run(p, store, tmp_path / "run", images=given, device="cpu"), taken or steps)
         return record, watch  # before the student is saved, and its images shown
 
     return take
@@ -505,7 +505,7 @@ def test_regression_descends_the_error_of_its_pairs(one_step, store):
 
 
 def test_progressive_distillation_descends_the_error_of_two_steps_weighted_by_the_signal(one_step):
-    record, watch = one_step("progressive")
+    record, watch = one_step("progressive", steps=5, taken=1)
     (teacher, xt, t, _), (again, _, middle, _), (student, seen, at, image) = watch.calls[-3:]
     assert teacher is again is not student and torch.equal(xt, seen) and torch.equal(t, at)
     n = ((t + 1) * 16 / 1000).round().long()  # of the first phase's sixteen steps
@@ -608,7 +608,8 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(
 
 @pytest.mark.parametrize("recipe", ["add", "regression", "dmd"])
 def test_our_submodules_can_be_the_student(tmp_path, method, store, images, recipe):
-    p = method(recipe, architecture="submodules", latent="block-mean", student_timesteps=(999,), warm_up_steps=2)
+    fields = {"architecture": "submodules", "latent": "block-mean", "student_timesteps": (999,)}
+    p = method(recipe, **fields, **({"warm_up_steps": 2} if recipe == "add" else {}))
     records = list(train_run(p, store, tmp_path, images=images if p.real_share else None, device="cpu"))
     assert len(records) == 6 and load_run(tmp_path)(2, output_type="pt").images.shape == (2, 1, 16, 16)
     if recipe == "add":
@@ -748,13 +749,17 @@ def test_penalties_of_add_are_lazy(tmp_path, method, store, images, monkeypatch)
 @pytest.mark.parametrize(
     ("recipe", "fields", "message"),
     [
-        ("improved", {"critic_learning_rate": 1e-3}, "critic_learning_rate is 0.001, but method 'advkd' has one"),
         (
             "improved",
-            {"image_penalty_weight": 1.0},
-            "image_penalty_weight is 1, but method 'advkd' has no such thing",
+            {"critic_learning_rate": 1e-3},
+            "critic_learning_rate is 0.001, but method 'advkd' does not use it",
         ),
-        ("dmd", {"simulated_share": 0.5}, "simulated_share is 0.5, but method 'dmd' has no such thing"),
+        ("improved", {"image_penalty_weight": 1.0}, "image_penalty_weight is 1.0, but .* at 0.0"),
+        ("dmd", {"simulated_share": 0.5}, r"simulated_share is 0.5, but method 'dmd' does not use it \(only add\)"),
+        ("regression", {"adversarial_weight": 2.0}, r"adversarial_weight is 2.0, but .*\(only advkd and add and dmd\)"),
+        ("consistency", {"reconstruction_weight": 5.0}, "reconstruction_weight is 5.0, but .* at 0.0"),
+        ("add", {"student_grid": 40}, "student_grid is 40, but method 'add' does not use it"),
+        ("progressive", {"steps": 4}, "steps is 4, but progressive distillation from 16 to 1 timesteps has 5 phases"),
         (
             "add",
             {"adversarial": "forward-kl"},
