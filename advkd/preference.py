@@ -5,7 +5,7 @@ import itertools
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import ipywidgets
@@ -23,6 +23,8 @@ from advkd.presets import UserError
 
 GRID = 3  # images a side of what is shown of a method at a time
 SHOWN_PX = 288
+GAP_PX = 48  # wider than the gaps within a grid, so that the two are seen as two
+QUESTION = "Which of the two grids has the better images?"
 PAUSE_S = 0.3  # a second click within it was meant for the pair before
 
 
@@ -61,27 +63,35 @@ def add_vote(path: Path | str, vote: Vote) -> None:
 
 
 def read_votes(path: Path | str) -> list[Vote]:
-    """The votes of a CSV file, none where there is no file. Raises UserError that names a line which is no vote, and one that
-    answers a question again."""
+    """The votes of a CSV file, none where there is no file or an empty one. Raises UserError that names what is no table of
+    votes, a line which is no vote, and one that answers a question again."""
     path, votes, answered = Path(path), [], set()
     if not path.exists():
         return votes
-    with path.open(newline="", encoding="utf-8") as file:
-        for number, row in enumerate(csv.DictReader(file), 2):
-            try:
-                if None in row.values():
-                    raise ValueError("too short")
-                vote = Vote(**row | {"pair": int(row["pair"])})
-            except (TypeError, ValueError, KeyError) as error:
-                raise UserError(f"{path}, line {number} is no vote; remove it") from error
-            if vote.winner not in (vote.left, vote.right) or vote.left == vote.right:
-                raise UserError(f"{path}, line {number}: {vote.winner!r} won where it was not shown; remove the line")
-            if (vote.voter, vote.pair) in answered:
-                raise UserError(
-                    f"{path}, line {number}: {vote.voter!r} answers a question again; another voter needs a name"
-                )
-            answered.add((vote.voter, vote.pair))
-            votes.append(vote)
+    columns = [field.name for field in fields(Vote)]
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # a spreadsheet writes the mark in front
+            header, *lines = list(csv.reader(file)) or [columns]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is no CSV in UTF-8; save it as that, or move it away") from error
+    if header != columns:
+        raise UserError(f"{path}, line 1 is {','.join(header)!r}, but must be {','.join(columns)!r}, with commas")
+    for number, line in enumerate(lines, 2):
+        if not line:
+            continue
+        try:
+            vote = Vote(**dict(zip(columns, line, strict=True)))
+            vote = replace(vote, pair=int(vote.pair))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number} is no vote; remove it") from error
+        if vote.winner not in (vote.left, vote.right) or vote.left == vote.right:
+            raise UserError(f"{path}, line {number}: {vote.winner!r} won where it was not shown; remove the line")
+        if (vote.voter, vote.pair) in answered:
+            raise UserError(
+                f"{path}, line {number}: {vote.voter!r} answers a question again; another voter needs a name"
+            )
+        answered.add((vote.voter, vote.pair))
+        votes.append(vote)
     return votes
 
 
@@ -106,7 +116,8 @@ class Panel(ipywidgets.VBox):
         for place, button in enumerate(self.buttons):
             button.on_click(self._on_click(place))
         halves = [ipywidgets.VBox(half) for half in zip(self.images, self.buttons, strict=True)]
-        super().__init__([ipywidgets.HBox(halves), self.said])
+        apart = ipywidgets.HBox(halves, layout={"grid_gap": f"{GAP_PX}px"})
+        super().__init__([ipywidgets.Label(QUESTION), apart, self.said])
         self._ask()
 
     def _on_click(self, place: int) -> Callable[[object], None]:

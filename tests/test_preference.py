@@ -57,6 +57,22 @@ def test_a_damaged_file_names_the_line(tmp_path, line):
         read_votes(path)
 
 
+def test_a_spreadsheets_file_is_read_and_no_table_is_named(tmp_path):
+    path, votes = tmp_path / "votes.csv", [Vote("Ann", 0, "ADD", "teacher", "ADD")]
+    add_vote(path, votes[0])
+    text = path.read_text()
+    path.write_text(text.replace("\n", "\r\n") + "\r\n", encoding="utf-8-sig")
+    assert read_votes(path) == votes
+    for other in ("x\n", text.replace(",", ";"), text.replace("pair", "question")):
+        path.write_text(other)
+        with pytest.raises(UserError, match=r"line 1 is .* but must be 'voter,pair,left,right,winner'"):
+            add_vote(path, votes[0])
+        assert path.read_text() == other, "what is there is kept"
+    path.write_bytes(text.replace("Ann", "Zo\xe9").encode("latin-1"))
+    with pytest.raises(UserError, match="is no CSV in UTF-8"):
+        Panel({name: torch.zeros(9, 1, 8, 8) for name in "ab"}, path)
+
+
 def test_the_panel_shows_pairs_from_the_same_noise_and_keeps_votes(tmp_path, monkeypatch):
     monkeypatch.setattr(preference, "PAUSE_S", 0)
     samples = {name: torch.full((20, 1, 16, 16), place / 4) for place, name in enumerate(METHODS)}
