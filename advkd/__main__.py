@@ -512,7 +512,9 @@ def quality(name: str, paper_epochs: float, chosen: tuple[str, ...], workers: in
 @click.option(
     "--budget", "budgets", type=float, multiple=True, help="Only this budget, in trainings of the improved recipe."
 )
-@click.option("--seed", "seeds", type=int, multiple=True, help="Only this training seed.")
+@click.option(
+    "--seed", "seeds", type=int, multiple=True, help="Only this training seed; no choice of the teacher's rows."
+)
 @WORKERS
 def compare(name: str, methods: tuple[str, ...], budgets: tuple[float, ...], seeds: tuple[int, ...], workers: int):
     """Train and measure all methods side by side in figures/PRESET/head_to_head.json (hours from nothing; resumable).

@@ -219,7 +219,9 @@ def _packages():
         import onnxruntime  # noqa: F401, what is exported is run
         import onnxscript  # noqa: F401, torch's exporter needs it
     except ImportError as error:
-        raise UserError(f"an export needs the package {error.name!r}: pip install 'advkd[onnx]'") from error
+        raise UserError(
+            f"an export needs the package {error.name!r}: pip install onnx onnxruntime onnxscript"
+        ) from error
     return onnx
 
 
@@ -227,5 +229,7 @@ def _runtime():
     try:
         import onnxruntime
     except ImportError as error:
-        raise UserError("an ONNX file runs in the package 'onnxruntime': pip install 'advkd[onnx]'") from error
+        raise UserError(
+            "an ONNX file runs in the package 'onnxruntime': pip install onnx onnxruntime onnxscript"
+        ) from error
     return onnxruntime

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullFormatter
-from matplotlib.transforms import Bbox
+from matplotlib.transforms import Bbox, ScaledTranslation
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.utils import make_grid, save_image
@@ -334,6 +334,7 @@ def plot_against(rows: list[dict], x: str, y: str, labels: tuple[str, str], log:
     return ax
 
 
+MARKER_PT = 6
 # Of a name, in points from its own point, roughly the nearest first.
 NAME_PLACES = [(5, 4), (5, -10), (-5, 4), (-5, -10), (7, -3), (-7, -3)] + [
     (right, up) for far in range(15, 120, 10) for up in (far, -far, 0, far // 2, -far // 2) for right in (far, -far)
@@ -384,36 +385,58 @@ def plot_methods(
     rows: list[dict], x: str, y: str, labels: tuple[str, str], lines: dict[str, float], named: str = "steps"
 ) -> Figure:
     """Rows as points in the plane of two fields, on logarithmic axes: a colour for each `method`, shared by its variants
-    ("method, variant"), and a marker for each of all. A method's points are joined and say their field `named` where there
-    are several; `<field>_sd` as error bars. Unless `named` is the budget, those of a larger budget are hollow, on a line of
-    their own, with the Pareto front of all behind. `lines` (name: value of y) are drawn across."""
+    ("method, variant"), and a marker for each of all. Colours that share an x stand side by side, a marker apart. A method's
+    points are joined and say their field `named` where there are several; `<field>_sd` as error bars. Unless `named` is the
+    budget, those of a larger budget are hollow, on a line of their own, with the Pareto front of all behind. `lines` (name:
+    value of y) are drawn across."""
     figure, ax = plt.subplots(figsize=(7.5, 4.4))
     methods = list(dict.fromkeys(row["method"] for row in rows))
     families = dict.fromkeys(method.split(",")[0] for method in methods if not method.startswith("teacher"))
     colours = dict(zip(families, sns.color_palette("deep", len(families)), strict=True)) | {"teacher": TEACHER}
     marked = list(dict.fromkeys([*families, *methods]))  # a method looks alike with its variants drawn and without
     curves = {(row["method"], 0 if named == "budget" else row.get("budget") or 0) for row in rows}
+    aside, legend = _places_aside(rows, x), []
     for method, budget in sorted(curves, key=lambda curve: (methods.index(curve[0]), curve[1])):
         of = [row for row in rows if row["method"] == method and budget in (0, row.get("budget"))]
-        of, colour = sorted(of, key=lambda row: row[named]), colours[method.split(",")[0]]
+        family = method.split(",")[0]
+        of, colour = sorted(of, key=lambda row: row[named]), colours[family]
         more = any(curve[0] == method and curve[1] < budget for curve in curves)
         line, inside, name = ("--", "white", f", budget {budget:g}") if more else ("-", colour, "")
+        place = ax.transData + ScaledTranslation(aside[family] * MARKER_PT / 72, 0, figure.dpi_scale_trans)
         style = {"fmt": MARKERS[marked.index(method) % len(MARKERS)] + line, "color": colour, "mfc": inside}
-        style |= {"label": method + name, "ms": 6, "lw": 1, "capsize": 2}
+        style |= {"ms": MARKER_PT, "lw": 1, "capsize": 2, "label": method + name}
         bars = [[row.get(f"{field}_sd") or 0 for row in of] for field in (x, y)]
-        ax.errorbar([row[x] for row in of], [row[y] for row in of], xerr=bars[0], yerr=bars[1], **style)
+        drawn = ax.errorbar([row[x] for row in of], [row[y] for row in of], xerr=bars[0], yerr=bars[1], **style)
+        for part in drawn.get_children():
+            part.set_transform(place)
+        legend.append((drawn[0], method + name))  # without the bars, which would hide the marker
+        second = more or method == "teacher, DPM-Solver++"
+        below = {"xytext": (3, -4), "va": "top"} if second else {"xytext": (3, 4)}
         for row in of if len(of) > 1 else []:
-            ax.annotate(row[named], (row[x], row[y]), (4, 4), textcoords="offset points", fontsize=7, color=colour)
+            at = {"xycoords": place, "textcoords": "offset points"}
+            ax.annotate(row[named], (row[x], row[y]), fontsize=7, color=colour, **at, **below)
     for (name, value), dashes in zip(lines.items(), (":", "--", "-."), strict=False):
-        ax.axhline(value, color=INK, ls=dashes, lw=1, zorder=0, label=name)
+        legend.append((ax.axhline(value, color=INK, ls=dashes, lw=1, zorder=0), name))
     if named != "budget":
         front = pareto_front([(row[x], row[y]) for row in rows])
-        ax.plot(*zip(*front, strict=True), color="0.8", lw=3, zorder=0, drawstyle="steps-post", label="Pareto front")
+        legend += [
+            (line, "Pareto front") for line in ax.step(*zip(*front, strict=True), "0.8", where="post", lw=3, zorder=0)
+        ]
     ax.set(xlabel=labels[0], ylabel=labels[1])
     _logarithmic(ax)
-    ax.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    ax.legend(*zip(*legend, strict=True), fontsize=7.5, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     figure.tight_layout()
     return figure
+
+
+def _places_aside(rows: list[dict], x: str) -> dict[str, float]:
+    """How many markers to the side each family of methods stands, so that none hides another of the same x."""
+    met = {}
+    for row in rows:
+        met.setdefault(row[x], {})[row["method"].split(",")[0]] = None
+    widest = max(met.values(), key=len)
+    at = {family: place - (len(widest) - 1) / 2 for place, family in enumerate(widest)} if len(widest) > 1 else {}
+    return {row["method"].split(",")[0]: at.get(row["method"].split(",")[0], 0) for row in rows}
 
 
 def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -442,7 +465,7 @@ def plot_samples(rows: list[dict], images: list[Tensor], columns: int = 5) -> Fi
 
 def plot_preferences(ranking: list[dict], rates: list[dict]) -> Figure:
     """Strengths of methods, best first, and how often each pair's first won, both with their 95 % intervals."""
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 0.3 * max(len(ranking), len(rates)) + 1.2))
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 0.3 * max(len(ranking), len(rates)) + 1.2), layout="constrained")
     sides = (
         (axes[0], [(row["method"], row["strength"], row) for row in ranking], 0.0, "strength, log-odds of a win"),
         (axes[1], [(f"{r['method']} over {r['against']}", r["rate"], r) for r in rates], 0.5, "share of the votes"),
@@ -455,7 +478,6 @@ def plot_preferences(ranking: list[dict], rates: list[dict]) -> Figure:
         ax.set(yticks=range(len(found)), yticklabels=[name for name, *_ in found], xlabel=label)
         ax.set_ylim(len(found) - 0.5, -0.5)
         ax.grid(axis="y", visible=False)
-    figure.tight_layout()
     return figure
 
 

@@ -114,11 +114,11 @@ def _hub_images(source: str) -> tuple[list[str], object, Callable[[str], Image.I
         from datasets import Image as ImageFeature
         from datasets import __version__, load_dataset
     except ImportError as error:
-        raise UserError(f"images {source!r} need the package datasets: pip install 'advkd[datasets]'") from error
+        raise UserError(f"images {source!r} need the package datasets: pip install -U datasets") from error
     if int(__version__.split(".")[0]) < 4:
         raise UserError(
             f"images {source!r} need datasets 4 or newer, which runs no scripts of others; here is {__version__}: "
-            "pip install 'advkd[datasets]'"
+            "pip install -U datasets"
         )
     try:
         data = load_dataset(source.removeprefix(HUB), split="train")

@@ -273,7 +273,10 @@ class FewStepPipeline(SharedPipeline):
         """
         student, timesteps = self.student, list(self.student.config.timesteps)
         if steps not in range(1, len(timesteps) + 1) or len(timesteps) % steps:
-            raise UserError(f"steps is {steps}, but must divide the number of the student's timesteps, {timesteps}")
+            fits = [str(n) for n in range(1, len(timesteps) + 1) if len(timesteps) % n == 0]
+            raise UserError(
+                f"steps is {steps}, but must be {' or '.join(fits)}: the student's timesteps are {timesteps}"
+            )
         count = batch_size if noise is None else len(noise)
         generators = _generators(count, seed, first_index, output_type)
         seeded = sample_noise(generators, student.latent_shape)

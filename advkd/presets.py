@@ -303,6 +303,9 @@ _READ_BY = {
     "student_grid": ("progressive", "consistency"),
     **dict.fromkeys(("distillation_weight", "distillation", "warm_up_steps", "features", "feature_noise"), ("add",)),
     **dict.fromkeys(("critic_learning_rate", "image_penalty_weight", "simulated_share"), ("add",)),
+    **dict.fromkeys(
+        ("start", "student_timesteps", "gain_limit"), ("add", "regression", "progressive", "consistency", "dmd")
+    ),
 }
 
 

@@ -35,7 +35,7 @@ from advkd.files import (
     writing,
 )
 from advkd.pipeline import FewStepPipeline, StudentPipeline, verify_weights
-from advkd.presets import Preset, UserError, config_hash
+from advkd.presets import Preset, UserError, config_hash, late_fields
 from advkd.presets import asdict as preset_fields
 from advkd.student import Student
 from advkd.teacher import Teacher, load_teacher
@@ -201,7 +201,9 @@ def _check_folder(folder: Path, this: dict, resume: bool) -> None:
     if not (folder / RUN).exists():
         raise UserError(f"{folder} does not say what it holds (no {RUN}); {other}")
     made = read_run(folder)
-    if different := [d for part, wanted in this.items() for d in differences(made.get(part, {}), wanted)]:
+    defaults = {"preset": late_fields()}  # which files leave out
+    parts = [(defaults.get(part, {}) | made.get(part, {}), defaults.get(part, {}) | this[part]) for part in this]
+    if different := [d for there, wanted in parts for d in differences(there, wanted)]:
         raise UserError(f"{folder} belongs to another preset ({'; '.join(different)}); {other}")
 
 
@@ -285,7 +287,7 @@ def finish(records: Iterable[TrainRecord]) -> TrainRecord:
     return last
 
 
-def load_run(folder: Path | str) -> StudentPipeline:
+def load_run(folder: Path | str) -> StudentPipeline | FewStepPipeline:
     """The finished student of a run folder, or a pipeline folder itself, with what `run.json` says among its facts.
 
     Raises UserError when it is neither.
@@ -307,6 +309,8 @@ def load_run(folder: Path | str) -> StudentPipeline:
             return pipeline
     if (Path(folder) / CHECKPOINT).exists():
         raise UserError(f"{folder} holds a training that was interrupted; go on with it: the same command and --resume")
+    if (Path(folder) / RUN).exists():
+        raise UserError(f"{folder} holds a training that was interrupted before its first checkpoint; train it again")
     why = "" if Path(folder).is_dir() else " (there is no such folder)"
     raise UserError(
         f"{folder} holds no student{why}; give the folder of a finished training (python -m advkd train --out FOLDER) or of "

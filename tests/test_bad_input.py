@@ -715,6 +715,12 @@ CASES = [
         "stopped belongs to another preset .steps: made with 6, wanted 7.; choose another folder",
     ),
     Case(
+        "a run before its first checkpoint",
+        writes("early/run.json", "{}"),
+        "sample early --out x.png",
+        "early holds a training that was interrupted before its first checkpoint; train it again",
+    ),
+    Case(
         "a run of another K",
         copies("store", "stopped"),
         RESUME + " --set block=plain",
@@ -936,7 +942,7 @@ CASES = [
         "steps that do not divide",
         copies("few"),
         "sample few --steps 3 --out x.png",
-        "steps is 3, but must divide the number of the student's timesteps, .999, 749, 499, 249.",
+        "steps is 3, but must be 1 or 2 or 4: the student's timesteps are .999, 749, 499, 249.",
     ),
     Case(
         "an Inception that is not there",
@@ -1003,13 +1009,13 @@ CASES = [
         "an export without onnxruntime",
         both(copies("student"), lacks_onnxruntime),
         "export student --out x.onnx",
-        "an export needs the package 'onnxruntime': pip install 'advkd.onnx.'",
+        "an export needs the package 'onnxruntime': pip install onnx onnxruntime onnxscript",
     ),
     Case(
         "a page without onnx",
         both(copies("student"), lacks("onnx")),
         "demo student --no-serve --out page",
-        "an export needs the package 'onnx': pip install 'advkd.onnx.'",
+        "an export needs the package 'onnx': pip install onnx onnxruntime onnxscript",
     ),
     Case(
         "a taken port",

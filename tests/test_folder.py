@@ -139,7 +139,7 @@ def test_a_data_set_of_the_hub_is_read_by_its_column_of_images(tmp_path, monkeyp
 
 def test_a_data_set_of_the_hub_needs_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"need the package datasets: pip install 'advkd\[datasets\]'"):
+    with pytest.raises(UserError, match=r"need the package datasets: pip install -U datasets"):
         open_cache("hf:owner/name", 8, 3)
 
 

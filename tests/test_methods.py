@@ -177,7 +177,7 @@ def test_images_of_few_steps_follow_from_the_index_alone(denoiser, tmp_path):
     assert isinstance(again, FewStepPipeline) and again.student.config.timesteps == [999, 749, 499, 249]
     assert torch.equal(again(5, seed=3, steps=4, output_type="pt").images, whole)
 
-    with pytest.raises(UserError, match=r"steps is 3, but must divide .* \[999, 749, 499, 249\]"):
+    with pytest.raises(UserError, match=r"steps is 3, but must be 1 or 2 or 4: .* \[999, 749, 499, 249\]"):
         pipeline(1, steps=3)
     with pytest.raises(UserError, match="no output_type 'jpg'"):
         pipeline(1, output_type="jpg")
@@ -356,6 +356,12 @@ def test_other_weights_of_dino_are_another_run(tmp_path, method, dino_folder, st
     model.save_pretrained(folder)
     with pytest.raises(UserError, match="belongs to another preset"):
         finish(train_run(preset, store, tmp_path / "run", images=images, device="cpu"))
+
+
+def test_another_preset_is_named_by_the_values_that_files_leave_out(tmp_path, method, store, images):
+    finish(train_run(method("add", steps=1), store, tmp_path, images=images, device="cpu"))
+    with pytest.raises(UserError, match=r"another preset \(gain_limit: made with 4.0, wanted 8.0\)"):
+        finish(train_run(method("add", steps=1, gain_limit=8.0), store, tmp_path, images=images, device="cpu"))
 
 
 @pytest.mark.parametrize("source", ["no/such/folder/at-all", ""])
@@ -758,6 +764,7 @@ def test_penalties_of_add_are_lazy(tmp_path, method, store, images, monkeypatch)
         ("dmd", {"simulated_share": 0.5}, r"simulated_share is 0.5, but method 'dmd' does not use it \(only add\)"),
         ("regression", {"adversarial_weight": 2.0}, r"adversarial_weight is 2.0, but .*\(only advkd and add and dmd\)"),
         ("consistency", {"reconstruction_weight": 5.0}, "reconstruction_weight is 5.0, but .* at 0.0"),
+        ("improved", {"start": "random"}, "start is 'random', but method 'advkd' does not use it"),
         ("add", {"student_grid": 40}, "student_grid is 40, but method 'add' does not use it"),
         ("progressive", {"steps": 4}, "steps is 4, but progressive distillation from 16 to 1 timesteps has 5 phases"),
         (

@@ -454,16 +454,32 @@ def test_a_methods_steps_are_joined_and_named():
     (ax,) = figure.axes
     assert [text.get_text() for text in ax.texts] == ["1", "2", "4"], "a method of one step needs no number"
     assert ax.containers[0][0].get_xydata().tolist() == [[10, 4], [20, 2], [40, 1]]
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["floor", "Pareto front", "ADD", "DMD"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["ADD", "DMD", "floor", "Pareto front"]
     rows = [{"method": "ADD", "steps": 1, "budget": n, "ms": 10 * n, "fd": 4 / n} for n in (4, 1)]
     (ax,) = figures.plot_methods(rows, "ms", "fd", ("ms", "distance"), {}, named="budget").axes
     assert [text.get_text() for text in ax.texts] == ["1", "4"]
     assert "Pareto front" not in [text.get_text() for text in ax.get_legend().get_texts()]
     ax = figures.plot_methods(rows, "ms", "fd", ("ms", "distance"), {}).axes[0]
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["Pareto front", "ADD", "ADD, budget 4"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["ADD", "ADD, budget 4", "Pareto front"]
     small, large = (bars[0] for bars in ax.containers)
     assert small.get_xydata().tolist() == [[10, 4]] and large.get_xydata().tolist() == [[40, 1]]
     assert small.get_markerfacecolor() == small.get_color() == large.get_color() != large.get_markerfacecolor()
+    plt.close("all")
+
+
+def test_methods_of_equal_time_stand_side_by_side():
+    rows = [{"method": m, "steps": 1, "ms": 10, "fd": 2.0} for m in ("ADD", "ADD, random start", "DMD", "regression")]
+    rows.append({"method": "Adv-KD", "steps": 1, "ms": 3, "fd": 1.0, "fd_sd": 0.5})
+    (ax,) = figures.plot_methods(rows, "ms", "fd", ("", ""), {}).axes
+    ax.figure.canvas.draw()
+    at = {bars.get_label(): bars[0].get_transform().transform(bars[0].get_xydata())[0] for bars in ax.containers}
+    true = {row["method"]: ax.transData.transform((row["ms"], row["fd"])) for row in rows}
+    moved = {name: (at[name] - true[name])[0] * 72 / ax.figure.dpi for name in at}
+    assert moved == pytest.approx(
+        {"ADD": -6, "ADD, random start": -6, "DMD": 0, "regression": 6, "Adv-KD": 0}, abs=1e-6
+    )
+    (_, caps, (low_to_high, *_)) = ax.containers[-1]
+    assert low_to_high.get_transform() == ax.containers[-1][0].get_transform() == caps[0].get_transform()
     plt.close("all")
 
 
