@@ -513,7 +513,7 @@ def quality(name: str, paper_epochs: float, chosen: tuple[str, ...], workers: in
     "--budget", "budgets", type=float, multiple=True, help="Only this budget, in trainings of the improved recipe."
 )
 @click.option(
-    "--seed", "seeds", type=int, multiple=True, help="Only this training seed; no choice of the teacher's rows."
+    "--seed", "seeds", type=int, multiple=True, help="Only this training seed; the teacher's rows are all made."
 )
 @WORKERS
 def compare(name: str, methods: tuple[str, ...], budgets: tuple[float, ...], seeds: tuple[int, ...], workers: int):

@@ -220,7 +220,7 @@ def _packages():
         import onnxscript  # noqa: F401, torch's exporter needs it
     except ImportError as error:
         raise UserError(
-            f"an export needs the package {error.name!r}: pip install onnx onnxruntime onnxscript"
+            f"an export needs the package {error.name!r}: pip install -U onnx onnxruntime onnxscript"
         ) from error
     return onnx
 
@@ -229,7 +229,5 @@ def _runtime():
     try:
         import onnxruntime
     except ImportError as error:
-        raise UserError(
-            "an ONNX file runs in the package 'onnxruntime': pip install onnx onnxruntime onnxscript"
-        ) from error
+        raise UserError("an ONNX file runs in the package 'onnxruntime': pip install -U onnxruntime") from error
     return onnxruntime

@@ -134,7 +134,9 @@ class DinoFeatures:
         try:
             from transformers import Dinov2Model
         except ImportError as error:
-            raise UserError(f"features {source!r} need the package transformers: pip install transformers") from error
+            raise UserError(
+                f"features {source!r} need the package transformers: pip install -U transformers"
+            ) from error
         check_weights(Path(source))
         try:
             model, found = Dinov2Model.from_pretrained(source, use_safetensors=True, output_loading_info=True)

@@ -387,31 +387,31 @@ def plot_methods(
     """Rows as points in the plane of two fields, on logarithmic axes: a colour for each `method`, shared by its variants
     ("method, variant"), and a marker for each of all. Colours that share an x stand side by side, a marker apart. A method's
     points are joined and say their field `named` where there are several; `<field>_sd` as error bars. Unless `named` is the
-    budget, those of a larger budget are hollow, on a line of their own, with the Pareto front of all behind. `lines` (name:
-    value of y) are drawn across."""
+    budget, those of a larger budget are hollow, on a line of their own, with the Pareto front of all behind, at their true x.
+    `lines` (name: value of y) are drawn across."""
     figure, ax = plt.subplots(figsize=(7.5, 4.4))
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    families = dict.fromkeys(method.split(",")[0] for method in methods if not method.startswith("teacher"))
+    families = dict.fromkeys(_family(method) for method in methods if not method.startswith("teacher"))
     colours = dict(zip(families, sns.color_palette("deep", len(families)), strict=True)) | {"teacher": TEACHER}
     marked = list(dict.fromkeys([*families, *methods]))  # a method looks alike with its variants drawn and without
     curves = {(row["method"], 0 if named == "budget" else row.get("budget") or 0) for row in rows}
     aside, legend = _places_aside(rows, x), []
     for method, budget in sorted(curves, key=lambda curve: (methods.index(curve[0]), curve[1])):
         of = [row for row in rows if row["method"] == method and budget in (0, row.get("budget"))]
-        family = method.split(",")[0]
+        family = _family(method)
         of, colour = sorted(of, key=lambda row: row[named]), colours[family]
         more = any(curve[0] == method and curve[1] < budget for curve in curves)
-        line, inside, name = ("--", "white", f", budget {budget:g}") if more else ("-", colour, "")
+        dashes, inside, name = ("--", "white", f", budget {budget:g}") if more else ("-", colour, "")
         place = ax.transData + ScaledTranslation(aside[family] * MARKER_PT / 72, 0, figure.dpi_scale_trans)
-        style = {"fmt": MARKERS[marked.index(method) % len(MARKERS)] + line, "color": colour, "mfc": inside}
-        style |= {"ms": MARKER_PT, "lw": 1, "capsize": 2, "label": method + name}
+        style = {"fmt": MARKERS[marked.index(method) % len(MARKERS)] + dashes, "color": colour, "mfc": inside}
+        style |= {"ms": MARKER_PT, "lw": 1, "capsize": 2, "clip_on": False, "label": method + name}
         bars = [[row.get(f"{field}_sd") or 0 for row in of] for field in (x, y)]
         drawn = ax.errorbar([row[x] for row in of], [row[y] for row in of], xerr=bars[0], yerr=bars[1], **style)
         for part in drawn.get_children():
             part.set_transform(place)
         legend.append((drawn[0], method + name))  # without the bars, which would hide the marker
-        second = more or method == "teacher, DPM-Solver++"
-        below = {"xytext": (3, -4), "va": "top"} if second else {"xytext": (3, 4)}
+        second = more or any(_family(m) == family for m in methods[: methods.index(method)])
+        below = {"xytext": (3, -4), "va": "top"} if second else {"xytext": (3, 4)}  # two of a colour are often close
         for row in of if len(of) > 1 else []:
             at = {"xycoords": place, "textcoords": "offset points"}
             ax.annotate(row[named], (row[x], row[y]), fontsize=7, color=colour, **at, **below)
@@ -419,9 +419,8 @@ def plot_methods(
         legend.append((ax.axhline(value, color=INK, ls=dashes, lw=1, zorder=0), name))
     if named != "budget":
         front = pareto_front([(row[x], row[y]) for row in rows])
-        legend += [
-            (line, "Pareto front") for line in ax.step(*zip(*front, strict=True), "0.8", where="post", lw=3, zorder=0)
-        ]
+        (line,) = ax.step(*zip(*front, strict=True), "0.8", where="post", lw=3, zorder=0)
+        legend.append((line, "Pareto front"))
     ax.set(xlabel=labels[0], ylabel=labels[1])
     _logarithmic(ax)
     ax.legend(*zip(*legend, strict=True), fontsize=7.5, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
@@ -429,14 +428,18 @@ def plot_methods(
     return figure
 
 
+def _family(method: str) -> str:
+    """The method of which `method`, "method, variant", is a variant, or itself."""
+    return method.split(",")[0]
+
+
 def _places_aside(rows: list[dict], x: str) -> dict[str, float]:
     """How many markers to the side each family of methods stands, so that none hides another of the same x."""
-    met = {}
-    for row in rows:
-        met.setdefault(row[x], {})[row["method"].split(",")[0]] = None
-    widest = max(met.values(), key=len)
-    at = {family: place - (len(widest) - 1) / 2 for place, family in enumerate(widest)} if len(widest) > 1 else {}
-    return {row["method"].split(",")[0]: at.get(row["method"].split(",")[0], 0) for row in rows}
+    at = [(_family(row["method"]), row[x]) for row in rows]
+    sharing = [family for family, here in at if any(there == here and other != family for other, there in at)]
+    sharing = list(dict.fromkeys(sharing))
+    middle = (len(sharing) - 1) / 2
+    return {family: sharing.index(family) - middle if family in sharing else 0 for family, _ in at}
 
 
 def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -215,9 +215,9 @@ def fingerprint(*states: dict[str, torch.Tensor] | str) -> str:
 def differences(made_with: dict, wanted: dict) -> list[str]:
     """The fields in which two configurations differ, as 'field: made with A, wanted B'."""
     fields = sorted(made_with.keys() | wanted.keys())
-    pairs = [(name, made_with.get(name), wanted.get(name)) for name in fields]
-    # Compare as JSON, which has no tuples.
-    return [f"{n}: made with {a!r}, wanted {b!r}" for n, a, b in pairs if _as_json(a) != _as_json(b)]
+    # As JSON, which has no tuples.
+    pairs = [(name, _as_json(made_with.get(name)), _as_json(wanted.get(name))) for name in fields]
+    return [f"{n}: made with {a!r}, wanted {b!r}" for n, a, b in pairs if a != b]
 
 
 def _as_json(value: object) -> object:

@@ -5,7 +5,7 @@ import itertools
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import ipywidgets
@@ -71,17 +71,16 @@ def read_votes(path: Path | str) -> list[Vote]:
     columns = [field.name for field in fields(Vote)]
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:  # a spreadsheet writes the mark in front
-            header, *lines = list(csv.reader(file)) or [columns]
+            reader = csv.reader(file)
+            (_, header), *lines = [(reader.line_num, row) for row in reader if row] or [(1, columns)]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is no CSV in UTF-8; save it as that, or move it away") from error
     if header != columns:
         raise UserError(f"{path}, line 1 is {','.join(header)!r}, but must be {','.join(columns)!r}, with commas")
-    for number, line in enumerate(lines, 2):
-        if not line:
-            continue
+    for number, line in lines:
         try:
-            vote = Vote(**dict(zip(columns, line, strict=True)))
-            vote = replace(vote, pair=int(vote.pair))
+            row = dict(zip(columns, line, strict=True))
+            vote = Vote(**row | {"pair": int(row["pair"])})
         except ValueError as error:
             raise UserError(f"{path}, line {number} is no vote; remove it") from error
         if vote.winner not in (vote.left, vote.right) or vote.left == vote.right:
@@ -100,7 +99,7 @@ class Panel(ipywidgets.VBox):
 
     `samples` are images `(n, c, h, w)` in [-1, 1] of every method, made from the same noise in the same order, which the voter
     has not seen beside their names. Votes are added to the CSV file `path`; a voter who comes back is asked the next question.
-    Raises UserError for fewer than two methods, for too few images and for different numbers of them.
+    Raises UserError for fewer than two methods, for too few images, for different numbers of them and for a damaged file.
     """
 
     def __init__(self, samples: dict[str, Tensor], path: Path | str, voter: str = "anonymous"):

@@ -143,6 +143,11 @@ def late_fields() -> dict:
     return {f.name: f.default for f in dataclasses.fields(Preset) if f.default is not dataclasses.MISSING}
 
 
+def complete(fields: dict) -> dict:
+    """The fields of a preset as `asdict` or a file has them, with those that they leave out."""
+    return late_fields() | fields
+
+
 def resolution(k: int, submodules: int, image_size_px: int) -> int:
     """Side in pixels of the image of submodule `k`.
 
@@ -193,8 +198,10 @@ def check(p: Preset) -> None:
         allowed, value = getattr(field.type, "__args__", ()), getattr(p, field.name)
         if allowed and all(isinstance(a, str) for a in allowed) and value not in allowed:
             raise UserError(f"{field.name} is {value!r}, but must be one of {', '.join(map(repr, allowed))}")
-    if p.target not in p.stored or not set(p.stored) <= {"xt", "x0"}:
-        raise UserError(f"stored is {p.stored}, but must hold the target {p.target!r}, and nothing but 'xt' and 'x0'")
+    _check_read(p)  # before what speaks of Adv-KD alone
+    if not p.stored or not set(p.stored) <= {"xt", "x0"} or (p.method == "advkd" and p.target not in p.stored):
+        wanted = f"the target {p.target!r}" if p.method == "advkd" else "one at least"
+        raise UserError(f"stored is {p.stored}, but must hold {wanted}, and nothing but 'xt' and 'x0'")
     if p.images and p.data != "folder":
         raise UserError(f"images is {p.images!r}, but preset {p.name!r} has images of its own: images=''")
     if p.data == "digits" and p.channels != 1:
@@ -292,33 +299,38 @@ def _check_type(field: dataclasses.Field, value: object) -> None:
         raise UserError(f"{field.name} is {value!r}, but must be {wanted}")
 
 
-# Fields that not every method reads: a change that does nothing is refused.
+_OTHERS = ("add", "regression", "progressive", "consistency", "dmd")
+# Fields that not every method reads, and which do: where a change would do nothing it is refused. Not here are those that
+# the student's architecture decides about.
 _READ_BY = {
-    "target": ("advkd",),
-    **dict.fromkeys(("critic", "critic_width", "critic_noise", "penalty"), ("advkd",)),
+    **dict.fromkeys(("target", "critic", "critic_width", "critic_noise", "penalty"), ("advkd",)),
     **dict.fromkeys(("unsupervised", "feature_weight"), ("advkd",)),
     **dict.fromkeys(("penalty_weight", "penalty_every"), ("advkd", "add")),
     "adversarial_weight": ("advkd", "add", "dmd"),
     "reconstruction_weight": ("advkd", "dmd"),
+    "real_share": ("advkd", "add", "progressive", "consistency"),
+    "fresh_share": ("advkd", "add", "regression", "dmd"),
+    "decay_share": ("advkd", "add", "regression", "consistency", "dmd"),
     "student_grid": ("progressive", "consistency"),
+    **dict.fromkeys(("start", "student_timesteps", "gain_limit"), _OTHERS),
     **dict.fromkeys(("distillation_weight", "distillation", "warm_up_steps", "features", "feature_noise"), ("add",)),
     **dict.fromkeys(("critic_learning_rate", "image_penalty_weight", "simulated_share"), ("add",)),
-    **dict.fromkeys(
-        ("start", "student_timesteps", "gain_limit"), ("add", "regression", "progressive", "consistency", "dmd")
-    ),
 }
 
 
-def _check_method(p: Preset) -> None:
-    times, last = p.student_timesteps, TRAIN_TIMESTEPS - 1
+def _check_read(p: Preset) -> None:
     own = _RECIPES["improved"] | late_fields() | _METHODS.get(p.method, {})
     for field, methods in _READ_BY.items():
         value = getattr(p, field)
         if p.method not in methods and value != own[field]:
             raise UserError(
-                f"{field} is {value!r}, but method {p.method!r} does not use it (only {' and '.join(methods)}): "
-                f"leave it at {own[field]!r}"
+                f"{field} is {value!r}, but method {p.method!r} does not use it (only {', '.join(methods)}): "
+                f"{field}={own[field]!r}"
             )
+
+
+def _check_method(p: Preset) -> None:
+    times, last = p.student_timesteps, TRAIN_TIMESTEPS - 1
     known = {"advkd": ("non-saturating", "forward-kl"), "add": ("non-saturating", "hinge")}.get(
         p.method, ("non-saturating",)
     )
@@ -348,7 +360,7 @@ def _check_method(p: Preset) -> None:
     halvings = math.log2(max(p.student_grid, 1) / len(times))
     if p.method == "progressive" and (halvings < 0 or halvings % 1):
         raise UserError(f"student_grid is {p.student_grid}, but must be {len(times)} times a power of two")
-    if p.method == "progressive" and p.steps <= halvings:
+    if p.method == "progressive" and 0 < p.steps <= halvings:
         raise UserError(
             f"steps is {p.steps}, but progressive distillation from {p.student_grid} to {len(times)} timesteps has "
             f"{round(halvings) + 1} phases of a step or more"

@@ -35,7 +35,7 @@ from advkd.files import (
     writing,
 )
 from advkd.pipeline import FewStepPipeline, StudentPipeline, verify_weights
-from advkd.presets import Preset, UserError, config_hash, late_fields
+from advkd.presets import Preset, UserError, complete, config_hash
 from advkd.presets import asdict as preset_fields
 from advkd.student import Student
 from advkd.teacher import Teacher, load_teacher
@@ -201,9 +201,9 @@ def _check_folder(folder: Path, this: dict, resume: bool) -> None:
     if not (folder / RUN).exists():
         raise UserError(f"{folder} does not say what it holds (no {RUN}); {other}")
     made = read_run(folder)
-    defaults = {"preset": late_fields()}  # which files leave out
-    parts = [(defaults.get(part, {}) | made.get(part, {}), defaults.get(part, {}) | this[part]) for part in this]
-    if different := [d for there, wanted in parts for d in differences(there, wanted)]:
+    different = differences(complete(made.get("preset", {})), complete(this["preset"]))
+    different += [d for part in this.keys() - {"preset"} for d in differences(made.get(part, {}), this[part])]
+    if different:
         raise UserError(f"{folder} belongs to another preset ({'; '.join(different)}); {other}")
 
 
@@ -310,7 +310,9 @@ def load_run(folder: Path | str) -> StudentPipeline | FewStepPipeline:
     if (Path(folder) / CHECKPOINT).exists():
         raise UserError(f"{folder} holds a training that was interrupted; go on with it: the same command and --resume")
     if (Path(folder) / RUN).exists():
-        raise UserError(f"{folder} holds a training that was interrupted before its first checkpoint; train it again")
+        raise UserError(
+            f"{folder} holds a training that was interrupted, or has not come to its first checkpoint yet; train it again or wait"
+        )
     why = "" if Path(folder).is_dir() else " (there is no such folder)"
     raise UserError(
         f"{folder} holds no student{why}; give the folder of a finished training (python -m advkd train --out FOLDER) or of "

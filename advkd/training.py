@@ -15,7 +15,7 @@ from advkd.data import batch_generator, make_latent, seeded_noise
 from advkd.devices import all_mean, average_gradients, precision, processes, to_device, with_global_batches
 from advkd.files import differences
 from advkd.folder import CachedImages
-from advkd.presets import TRAIN_TIMESTEPS, Preset, UserError, asdict, late_fields
+from advkd.presets import TRAIN_TIMESTEPS, Preset, UserError, asdict, complete
 from advkd.trajectories import TrajectoryStore, as_images
 
 READ_EVERY = 50  # steps whose records are read from a GPU at once
@@ -141,7 +141,7 @@ def walk(
     state = {"preset": asdict(preset), "trajectories": trajectories.config, "step": 0}
     if resume and checkpoint and checkpoint.exists():
         state = read_checkpoint_state(checkpoint)
-        different = differences(late_fields() | state["preset"], late_fields() | asdict(preset))
+        different = differences(complete(state["preset"]), complete(asdict(preset)))
         if different := different + differences(state["trajectories"], trajectories.config):
             raise UserError(f"{checkpoint} belongs to another preset ({'; '.join(different)})")
         loop.enter(max(state["step"] - 1, 0))

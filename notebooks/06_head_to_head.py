@@ -312,7 +312,7 @@ Markdown(markdown(parts, {field: SUMMARY[field] for field in fields}))
 # ### Distance against time, and against training
 #
 # The methods as they are, without their parts and other networks, by the time an image takes; those of budget 4 hollow. Methods
-# that take the same time stand side by side. The teacher begins at four steps: in fewer it is far above the frame (table).
+# that take the same time stand side by side; the front is where their true times are. The teacher begins at four steps: in fewer it is far above the frame (table).
 
 # %%
 students = [row for row in table if row["method"] not in TEACHERS]

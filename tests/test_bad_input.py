@@ -718,7 +718,7 @@ CASES = [
         "a run before its first checkpoint",
         writes("early/run.json", "{}"),
         "sample early --out x.png",
-        "early holds a training that was interrupted before its first checkpoint; train it again",
+        "early holds a training that was interrupted, or has not come to its first checkpoint",
     ),
     Case(
         "a run of another K",
@@ -1009,13 +1009,13 @@ CASES = [
         "an export without onnxruntime",
         both(copies("student"), lacks_onnxruntime),
         "export student --out x.onnx",
-        "an export needs the package 'onnxruntime': pip install onnx onnxruntime onnxscript",
+        "an export needs the package 'onnxruntime': pip install -U onnx onnxruntime onnxscript",
     ),
     Case(
         "a page without onnx",
         both(copies("student"), lacks("onnx")),
         "demo student --no-serve --out page",
-        "an export needs the package 'onnx': pip install onnx onnxruntime onnxscript",
+        "an export needs the package 'onnx': pip install -U onnx onnxruntime onnxscript",
     ),
     Case(
         "a taken port",

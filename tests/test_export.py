@@ -175,7 +175,7 @@ def test_the_command_exports_and_says_how_near(tmp_path, student):
 
 def test_without_the_packages_an_export_says_what_to_install(tmp_path, student, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(UserError, match=r"needs the package 'onnxruntime': pip install onnx onnxruntime onnxscript"):
+    with pytest.raises(UserError, match=r"needs the package 'onnxruntime': pip install -U onnx onnxruntime onnxscript"):
         export_onnx(student, tmp_path / "student.onnx")
 
 

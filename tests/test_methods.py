@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import nn
 
-from advkd import losses, run, train_add, train_consistency, training
+from advkd import losses, presets, run, train_add, train_consistency, training
 from advkd.data import load_images, seeded_noise
 from advkd.denoiser import Denoiser
 from advkd.features import BatchNormLocal, DinoFeatures, Head, Heads, TeacherFeatures, augmented, make_heads
@@ -22,6 +22,7 @@ from advkd.train_consistency import consistency_target, pseudo_huber
 from advkd.train_dmd import matching_loss
 from advkd.train_progressive import two_steps
 from advkd.training import timestep
+from advkd.trajectories import generate_trajectories
 
 METHODS = ("add", "regression", "progressive", "consistency", "dmd")
 
@@ -485,7 +486,7 @@ def signal_to_noise(denoiser, t):
 
 @pytest.fixture
 def one_step(tmp_path, method, store, images, monkeypatch):
-    """The record of the last of the `taken` of some steps of a method in float32, and what its networks said in them."""
+    """A factory of the last record of a method's first `taken` steps (all), in float32, with what its networks said in them."""
 
     def take(recipe, steps=1, taken=None, **fields):
         p, watch = method(recipe, train_dtype="float32", steps=steps, **fields), Watch(monkeypatch)
@@ -760,10 +761,14 @@ def test_penalties_of_add_are_lazy(tmp_path, method, store, images, monkeypatch)
             {"critic_learning_rate": 1e-3},
             "critic_learning_rate is 0.001, but method 'advkd' does not use it",
         ),
-        ("improved", {"image_penalty_weight": 1.0}, "image_penalty_weight is 1.0, but .* at 0.0"),
+        ("improved", {"image_penalty_weight": 1.0}, "image_penalty_weight is 1.0, but .* image_penalty_weight=0.0"),
         ("dmd", {"simulated_share": 0.5}, r"simulated_share is 0.5, but method 'dmd' does not use it \(only add\)"),
-        ("regression", {"adversarial_weight": 2.0}, r"adversarial_weight is 2.0, but .*\(only advkd and add and dmd\)"),
-        ("consistency", {"reconstruction_weight": 5.0}, "reconstruction_weight is 5.0, but .* at 0.0"),
+        ("regression", {"adversarial_weight": 2.0}, r"adversarial_weight is 2.0, but .*\(only advkd, add, dmd\)"),
+        (
+            "consistency",
+            {"reconstruction_weight": 5.0},
+            "reconstruction_weight is 5.0, but .* reconstruction_weight=0.0",
+        ),
         ("improved", {"start": "random"}, "start is 'random', but method 'advkd' does not use it"),
         ("add", {"student_grid": 40}, "student_grid is 40, but method 'add' does not use it"),
         ("progressive", {"steps": 4}, "steps is 4, but progressive distillation from 16 to 1 timesteps has 5 phases"),
@@ -793,6 +798,27 @@ def test_penalties_of_add_are_lazy(tmp_path, method, store, images, monkeypatch)
 def test_what_makes_no_sense_is_refused(method, recipe, fields, message):
     with pytest.raises(UserError, match=message):
         method(recipe, **fields)
+
+
+@pytest.mark.parametrize("recipe", ["improved", "paper", *METHODS])
+def test_what_a_method_does_not_read_is_refused(method, recipe):
+    p = method(recipe)
+    other = {bool: lambda x: not x, int: lambda x: x + 2, float: lambda x: 0.5 if x != 0.5 else 0.25}
+    changed = {"target": "xt", "critic": "conditional", "penalty": "gp+clip", "start": "random", "distillation": "sds"}
+    changed |= {"unsupervised": (0,), "features": "dino", "feature_noise": (-2.0, 1.0), "student_timesteps": (499, 999)}
+    for field, readers in presets._READ_BY.items():
+        if p.method not in readers:
+            value = changed[field] if field in changed else other[type(getattr(p, field))](getattr(p, field))
+            with pytest.raises(UserError, match=rf"^{field} is .* but method '{p.method}' does not use it"):
+                p.replace(**{field: value})
+
+
+def test_a_store_of_noisy_states_alone_teaches_any_method(tmp_path, method, teacher):
+    p = method("regression", stored=("xt",))
+    store = generate_trajectories(teacher, p, tmp_path / "store")
+    assert finish(train_run(p, store, tmp_path / "run", device="cpu")).step == 6
+    with pytest.raises(UserError, match=r"stored is \(\), but must hold one at least"):
+        p.replace(stored=())
 
 
 def test_a_store_of_another_teacher_is_refused(tmp_path, method, store, make_unet, linear_schedule, images):

@@ -360,7 +360,7 @@ def test_the_random_feature_space_is_fixed_and_measures(digits):
 def test_a_latent_of_its_own_goes_in_as_noise_of_4_by_4(pipeline):
     latent = torch.randn(3, 1, 4, 4) / 8
     images = pipeline(noise=latent, output_type="pt").images
-    assert torch.equal(images, pipeline.student(latent).detach())
+    assert torch.equal(images, pipeline.student.eval()(latent).detach())
 
 
 def test_a_table_has_its_protocol_and_rows(tmp_path):
@@ -468,18 +468,30 @@ def test_a_methods_steps_are_joined_and_named():
 
 
 def test_methods_of_equal_time_stand_side_by_side():
-    rows = [{"method": m, "steps": 1, "ms": 10, "fd": 2.0} for m in ("ADD", "ADD, random start", "DMD", "regression")]
+    times = {"ADD": (10, 40), "ADD, random start": (10,), "DMD": (10, 20), "regression": (20,), "consistency": (40,)}
+    rows = [{"method": m, "steps": n, "ms": ms, "fd": 2.0} for m, at in times.items() for n, ms in enumerate(at, 1)]
     rows.append({"method": "Adv-KD", "steps": 1, "ms": 3, "fd": 1.0, "fd_sd": 0.5})
     (ax,) = figures.plot_methods(rows, "ms", "fd", ("", ""), {}).axes
     ax.figure.canvas.draw()
-    at = {bars.get_label(): bars[0].get_transform().transform(bars[0].get_xydata())[0] for bars in ax.containers}
-    true = {row["method"]: ax.transData.transform((row["ms"], row["fd"])) for row in rows}
-    moved = {name: (at[name] - true[name])[0] * 72 / ax.figure.dpi for name in at}
-    assert moved == pytest.approx(
-        {"ADD": -6, "ADD, random start": -6, "DMD": 0, "regression": 6, "Adv-KD": 0}, abs=1e-6
+    first = {row["method"]: (row["ms"], row["fd"]) for row in reversed(rows)}
+    lines = {bars.get_label(): bars[0] for bars in ax.containers}
+    shift = {
+        name: (line.get_transform().transform(first[name]) - ax.transData.transform(first[name]))[0]
+        for name, line in lines.items()
+    }
+    points = {name: pixels * 72 / ax.figure.dpi for name, pixels in shift.items()}
+    aside = {"ADD": -9, "ADD, random start": -9, "DMD": -3, "regression": 3, "consistency": 9, "Adv-KD": 0}
+    assert points == pytest.approx(aside, abs=1e-6), "a marker apart, wherever they share a time"
+    (line, caps, (low_to_high, *_)) = ax.containers[-1]
+    assert low_to_high.get_transform() == line.get_transform() == caps[0].get_transform()
+    assert all(
+        text.xycoords == lines["ADD" if text.xy in ((10, 2.0), (40, 2.0)) and i < 2 else "DMD"].get_transform()
+        for i, text in enumerate(ax.texts)
+    ), "numbers stand beside their markers"
+    handles = dict(
+        zip([text.get_text() for text in ax.get_legend().get_texts()], ax.get_legend().legend_handles, strict=True)
     )
-    (_, caps, (low_to_high, *_)) = ax.containers[-1]
-    assert low_to_high.get_transform() == ax.containers[-1][0].get_transform() == caps[0].get_transform()
+    assert all(handles[name].get_marker() == line.get_marker() for name, line in lines.items())
     plt.close("all")
 
 

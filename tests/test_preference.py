@@ -63,6 +63,9 @@ def test_a_spreadsheets_file_is_read_and_no_table_is_named(tmp_path):
     text = path.read_text()
     path.write_text(text.replace("\n", "\r\n") + "\r\n", encoding="utf-8-sig")
     assert read_votes(path) == votes
+    for empty in ("\ufeff", "\n", text.splitlines()[0]):
+        path.write_text(empty, encoding="utf-8")
+        assert read_votes(path) == []
     for other in ("x\n", text.replace(",", ";"), text.replace("pair", "question")):
         path.write_text(other)
         with pytest.raises(UserError, match=r"line 1 is .* but must be 'voter,pair,left,right,winner'"):
@@ -83,6 +86,8 @@ def test_the_panel_shows_pairs_from_the_same_noise_and_keeps_votes(tmp_path, mon
         assert before[0].startswith(b"\x89PNG") and before[0] != before[1]
         panel.buttons[n % 2].click()
         assert read_votes(path)[-1] == Vote("Ann", n, left, right, (left, right)[n % 2])
+    asks, grids, _ = panel.children
+    assert asks.value == preference.QUESTION and grids.layout.grid_gap == f"{preference.GAP_PX}px"
     names = "".join(widget.description for widget in panel.buttons) + panel.said.value
     assert not any(method in names for method in METHODS), "the panel is blind"
     again = Panel(samples, path, "Ann")
