@@ -334,7 +334,7 @@ def plot_against(rows: list[dict], x: str, y: str, labels: tuple[str, str], log:
     return ax
 
 
-MARKER_PT = 6
+MARKER_PT, APART_PT = 6, 4.5  # methods that share a time overlap a little, and are still near it
 # Of a name, in points from its own point, roughly the nearest first.
 NAME_PLACES = [(5, 4), (5, -10), (-5, 4), (-5, -10), (7, -3), (-7, -3)] + [
     (right, up) for far in range(15, 120, 10) for up in (far, -far, 0, far // 2, -far // 2) for right in (far, -far)
@@ -385,7 +385,7 @@ def plot_methods(
     rows: list[dict], x: str, y: str, labels: tuple[str, str], lines: dict[str, float], named: str = "steps"
 ) -> Figure:
     """Rows as points in the plane of two fields, on logarithmic axes: a colour for each `method`, shared by its variants
-    ("method, variant"), and a marker for each of all. Colours that share an x stand side by side, a marker apart. A method's
+    ("method, variant"), and a marker for each of all. Colours that share an x stand side by side. A method's
     points are joined and say their field `named` where there are several; `<field>_sd` as error bars. Unless `named` is the
     budget, those of a larger budget are hollow, on a line of their own, with the Pareto front of all behind, at their true x.
     `lines` (name: value of y) are drawn across."""
@@ -402,7 +402,7 @@ def plot_methods(
         of, colour = sorted(of, key=lambda row: row[named]), colours[family]
         more = any(curve[0] == method and curve[1] < budget for curve in curves)
         dashes, inside, name = ("--", "white", f", budget {budget:g}") if more else ("-", colour, "")
-        place = ax.transData + ScaledTranslation(aside[family] * MARKER_PT / 72, 0, figure.dpi_scale_trans)
+        place = ax.transData + ScaledTranslation(aside[family] * APART_PT / 72, 0, figure.dpi_scale_trans)
         style = {"fmt": MARKERS[marked.index(method) % len(MARKERS)] + dashes, "color": colour, "mfc": inside}
         style |= {"ms": MARKER_PT, "lw": 1, "capsize": 2, "clip_on": False, "label": method + name}
         bars = [[row.get(f"{field}_sd") or 0 for row in of] for field in (x, y)]
@@ -434,7 +434,7 @@ def _family(method: str) -> str:
 
 
 def _places_aside(rows: list[dict], x: str) -> dict[str, float]:
-    """How many markers to the side each family of methods stands, so that none hides another of the same x."""
+    """How many places to the side each family of methods stands, so that none hides another of the same x."""
     at = [(_family(row["method"]), row[x]) for row in rows]
     sharing = [family for family, here in at if any(there == here and other != family for other, there in at)]
     sharing = list(dict.fromkeys(sharing))

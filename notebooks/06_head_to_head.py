@@ -369,7 +369,7 @@ _ = save_figure(figure, f"figures/{preset}", "methods_samples")
 #
 # The same methods on the glyphs (letters in colour, 32 px, real images without end; notebook 5), whose teacher's U-Net has 2.6M parameters
 # and Adv-KD's network 421,857. There budget 1, the recipe's 10,000 steps, takes two and a quarter hours of one thread without
-# bfloat16 (AMD, AVX2), so these rows have **a quarter of it, from one to three training seeds** (the column "seeds"), and of the teacher one sampling seed. The making of
+# bfloat16 (AMD, AVX2), so these rows have **a quarter of it, with three training seeds**, and of the teacher one sampling seed. The making of
 # 5,000 trajectories takes 0.35 of budget 1, here more than the training itself. "Training compute" was timed on an
 # idle machine; it says 8 % less to 1 % more than Adv-KD for the others, but 12 % more for ADD's adversarial part.
 # Recipes are those of the digits; only Adv-KD's weights of L1 and R1, its widths and number of steps were chosen on this data
@@ -398,33 +398,33 @@ _ = save_figure(figure, f"figures/{preset}", "glyphs_methods_samples")
 #   third of the time per image. With its whole training it is ahead of its teacher's DDIM and DDPM in up to 1000 steps in both
 #   (192 and 0.074, three seeds; notebook 5); with a quarter it is level with DDPM by the classifier's features alone, and behind DDIM-50 (252, 0.133).
 # - **Pair regression** is the next whole method (418), and not ahead in the random network's space as it is on the digits (0.259).
-# - **Consistency distillation in two steps is as near as the teacher in fifty by the classifier's features** (245, two seeds, and 252), without trajectories and
-#   without a critic, but not in the random network's space (0.227 and 0.133), where one step of Adv-KD is nearer too. In one step it has
-#   464, and in four 384, further again, though not in that space (0.217). Its images in four steps look grainy. A likely reason: of
+# - **Consistency distillation in two steps is as near as the teacher in fifty by the classifier's features** (249 and 252), without trajectories and
+#   without a critic, but not in the random network's space (0.234 and 0.133), where one step of Adv-KD is nearer too. In one step it has
+#   468, and in four 384, further again, though not in that space (0.220). Its images in four steps look grainy. A likely reason: of
 #   real images, noised to $t = 249$ as before the last of four steps, it gives back the flat grounds with grain of a standard deviation of 0.064 (about
-#   the mean of 3 x 3 pixels in [-1, 1]; 64 images; not kept), where the teacher leaves 0.023. Its recall (0.70 in two
-#   and four steps, as Adv-KD's; DDIM-50 0.82) is behind that of ADD's adversarial part in four alone.
-# - **ADD** is far off (575, 576 and 575 in one, two and four steps, two seeds, with a recall of 0.36 in one), its images look grainy too, and in the
-#   random network's space it gets further with every step (0.66, 0.91, 1.11). Other than on the digits, four steps of DPM-Solver++ with the teacher itself are
+#   the mean of 3 x 3 pixels in [-1, 1]; 64 images; not kept), where the teacher leaves 0.023. Its recall is 0.70 in two
+#   and four steps, as Adv-KD's (DDIM-50 0.82).
+# - **ADD** is far off, and its seeds differ: one step 508, 643 and 1,109, two 556 to 596, four 568, 582 and 1,006; recall 0.36 in one. Its images look grainy too, and in the
+#   random network's space it is further with more steps (means 0.70, 1.05, 1.10). Other than on the digits, four steps of DPM-Solver++ with the teacher itself are
 #   nearer than it by the classifier's features (504), and about level with its one step in the other space (0.72).
-# - **ADD's adversarial part alone is not far off**: one step of it scores 338 (350 and 327), level with Adv-KD, and four 258 (236 and 280), level with DDIM-50 (252), with a recall of
-#   0.52 and 0.75. In the random network's space it is further than Adv-KD in one step (0.30) and in four (0.67). So here the distillation harms, where on the digits both are level. It had 13 to 18 % more training (522 steps to 412).
-# - **Why the distillation harms is open.** What was seen, of ADD with it and without: the critic's heads begin at random, and in its first steps the student forgets what its teacher knows. At
+# - **ADD's adversarial part alone is nearer than both, with each of the three seeds**: one step 327, 350 and 1,020, four 236, 280 and 676. So with two of them it is level
+#   with Adv-KD in one step, and in four before DDIM-50 (252) once; with the third both stay among grainy letters. In the random network's space it is further than
+#   Adv-KD (0.31, and 0.67 in four steps). So here the distillation harms, where on the digits both are level. (It had 18 % more training: 522 steps to 412.)
+# - **Why the distillation harms, and why the seeds differ, is open.** What was seen, of ADD with it and without: the critic's heads begin at random, and in its first steps the student forgets what its teacher knows. At
 #   $t = 249$ the mean squared distance of its answers from the real images goes from 0.016 to 0.13 in 30 steps, and the letters fade (256 images,
 #   training seed 1; the digits': 0.028 to 0.045). At a quarter of the learning rate it goes to 0.042, with 30 steps of
-#   the critic alone before to 0.060. But a smaller learning rate is no cure by itself: of three whole trainings of both parts with other settings
-#   (training seed 1, sampling seed 2, one step) a quarter of it gave 1150 and noisy blots, Adv-KD's rule for larger images (R1 on the
-#   images times 12, $\lambda$ times 3.5) 983 and paler letters, a critic that is shown less noise (`feature_noise` -2.5, 1.5) 514; in the random network's space
-#   1.56, 0.86 and 1.10, all further than the table's 0.66. None of these is kept; `papermill notebooks/06_head_to_head.ipynb out.ipynb
+#   the critic alone before to 0.060. But no cure was found: of three whole trainings of both parts with other settings
+#   (training seed 1, sampling seed 2, one step) a quarter of the rate gave 1150 and noisy blots, Adv-KD's rule for larger images (R1 on the
+#   images times 12, $\lambda$ times 3.5) 983 and paler letters, a critic that is shown less noise (`feature_noise` -2.5, 1.5) 514, as the best of the table's seeds; in the random network's space
+#   1.56, 0.86 and 1.10, where these have 0.61 to 0.78. None of these is kept; `papermill notebooks/06_head_to_head.ipynb out.ipynb
 #   -p preset glyphs -p live_steps 30` draws the fading (and makes the glyphs' trajectories first).
-# - **Progressive distillation** is not far from ADD's one step by the classifier's features (625), and half as far in the random network's space (0.35); recall 0.52.
-# - **DMD** is the furthest by the classifier's features (1,148; 0.60 in the random network's space, recall 0.34). A quarter of the budget is 250 steps of it, and its pairs, which have to bring the images
-#   apart first, are still falling there. The column of near-copies counts 7 % of its images: a blur is close to any pale one (the teacher's one step: all).
+# - **Progressive distillation** is as near as ADD's better seeds in one step by the classifier's features (635), and half as far in the random network's space (0.35); recall 0.54.
+# - **DMD** is the furthest in the mean by the classifier's features (1,072; 0.56 in the random network's space, recall 0.35). A quarter of the budget is 250 steps of it, and its pairs, which have to bring the images
+#   apart first, are still falling there. The column of near-copies counts 6 % of its images: a blur is close to any pale one (the teacher's one step: all).
 # - **The teacher** in eight steps of DPM-Solver++ is level with fifty of DDIM (250; 0.144 in the random network's space, a little behind), and in sixteen
-#   ahead in both (239 and 0.089). In two neither it nor DDIM is of use.
-# - **Not made yet:** other parts of ADD, more seeds, budget 1, and of the teacher fifty steps of DPM-Solver++ (notebook 5
-#   has DDIM in 1 to 50 steps and DDPM, with three seeds). `python -m advkd compare --preset glyphs --budget 0.25 --seed 3` makes this
-#   budget's and this seed's, and the teacher's (many hours; what is not in `runs/` is trained again).
+#   ahead in both (239 and 0.089), where fifty change little (243 and 0.082). In two neither it nor DDIM is of use.
+# - **Not made yet:** other parts of ADD, and budget 1. `python -m advkd compare --preset glyphs --budget 0.25 --seed 3` makes this
+#   budget's rows of a seed, and the teacher's (many hours; what is not in `runs/` is trained again).
 #
 # ### Both at a glance
 

@@ -480,8 +480,9 @@ def test_methods_of_equal_time_stand_side_by_side():
         for name, line in lines.items()
     }
     points = {name: pixels * 72 / ax.figure.dpi for name, pixels in shift.items()}
-    aside = {"ADD": -9, "ADD, random start": -9, "DMD": -3, "regression": 3, "consistency": 9, "Adv-KD": 0}
-    assert points == pytest.approx(aside, abs=1e-6), "a marker apart, wherever they share a time"
+    places = {"ADD": -1.5, "ADD, random start": -1.5, "DMD": -0.5, "regression": 0.5, "consistency": 1.5, "Adv-KD": 0}
+    aside = {name: place * figures.APART_PT for name, place in places.items()}
+    assert points == pytest.approx(aside, abs=1e-6), "apart wherever they share a time"
     (line, caps, (low_to_high, *_)) = ax.containers[-1]
     assert low_to_high.get_transform() == line.get_transform() == caps[0].get_transform()
     assert all(
