@@ -202,7 +202,7 @@ Markdown(markdown(table, SUMMARY))
 # ADD's adversarial part; the teacher: three sampling seeds); `python -m advkd compare` makes what is missing.
 # So take the single seeds of budget 4 for a first impression, and small differences for none. The budgets were set on a processor that computes in bfloat16, where
 # they were to take as long as Adv-KD's; "training compute" is in float32 on one without it (AMD, AVX2), where the others'
-# took up to half as much more (of ADD with the losses as published it follows from ADD's by the ratio of their steps' times on another processor). Well over a third of the students were trained there, in float32 (`dtype` in the table's file), the others on
+# took up to half as much more (of ADD with the losses as published it follows from ADD's by the ratio of their steps' times on another processor). Over a third of the students were trained there, in float32 (`dtype` in the table's file), the others on
 # two processors with bfloat16, one of them twice as fast: "training, s" does not compare.
 # Students are sampled with one seed here, the teacher with three; over three Adv-KD scores 0.355 (notebook 5). By these rows:
 #
