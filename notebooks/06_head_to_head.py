@@ -198,7 +198,7 @@ table = means(rows, ("method", "budget", "steps"))
 Markdown(markdown(table, SUMMARY))
 
 # %% [markdown]
-# **How many seeds a row has, the table says** (three training seeds at budget 1; at budget 4 three of ADD and one of the other methods and of
+# **How many seeds a row has, the table says** (three training seeds at budget 1; at budget 4 three of ADD, two of DMD and one of the other methods and of
 # ADD's adversarial part; the teacher: three sampling seeds); `python -m advkd compare` makes what is missing.
 # So take the single seeds of budget 4 for a first impression, and small differences for none. The budgets were set on a processor that computes in bfloat16, where
 # they were to take as long as Adv-KD's; "training compute" is in float32 on one without it (AMD, AVX2), where the others'
@@ -225,13 +225,13 @@ Markdown(markdown(table, SUMMARY))
 # - **In the random network's space, which no recipe was chosen by, the order is another.** In one step pair regression is nearest to the
 #   train split (0.036), before Adv-KD (0.040), DMD (0.043), consistency distillation (0.044), progressive distillation (0.058) and ADD (0.060). It had 1.5 times
 #   the training that Adv-KD and ADD had; so had consistency distillation, which gains little by four steps (0.036; ADD 0.050). The held-out split
-#   gives the same order in the main, with DMD before Adv-KD and consistency distillation (0.088; both 0.090). With four times the training (one seed each, ADD three)
-#   Adv-KD (0.026) is the nearest student in one step, not far from DDIM-50 (0.023), before DMD and ADD's adversarial part alone (0.034), regression (0.037), consistency
+#   gives the same order in the main, with DMD before Adv-KD and consistency distillation (0.088; both 0.090). With four times the training (one seed each, ADD three, DMD two)
+#   Adv-KD (0.026) is the nearest student in one step, not far from DDIM-50 (0.023), before DMD (0.033), ADD's adversarial part alone (0.034), regression (0.037), consistency
 #   distillation (0.038), ADD (0.039) and progressive distillation (0.043).
 # - **Below the distance of real digits from each other, nearer need not mean better.** 600 real digits are 0.82 ± 0.32 from the other 1,197,
 #   over ten random splits (notebook 4). At 600 images ADD in four steps has 0.85, Adv-KD 0.96 and DDIM-50 0.98 (`fd_train_subset` in the
 #   table's file): as near as that.
-# - **DMD** gets to 1.8, and with four times the training (one seed) to 1.1, the third there after ADD and Adv-KD. It has the pairs that regression has, and what
+# - **DMD** gets to 1.8, and with four times the training (two seeds) to 1.1, the third there after ADD and Adv-KD. It has the pairs that regression has, and what
 #   the difference of its denoisers adds to them begins to show there: regression stays at 1.5.
 # - **Progressive distillation** is the furthest of the whole methods (2.4), and at four times the training level with regression (1.6).
 # - **The teacher** in eight steps of DPM-Solver++ is as near to the train split as in fifty of DDIM, but not to held-out images (1.67 against 1.43); in one to four it is far behind ADD.
@@ -304,10 +304,8 @@ Markdown(markdown(parts, {field: SUMMARY[field] for field in fields}))
 # | 2 | 1.5, 0.039 | |
 # | **4** | 1.5, 0.041 | 1150, 0.60 |
 #
-# What else was tried, with the weight 0.25: neither denoiser's answer clamped to [-1, 1] 7.7 on the digits and 8700 on the glyphs; `ema` 0.95 2.9 on the digits; a third of the learning
-# rate, with `ema` 0.95, 7700 on the glyphs. A clamp on the teacher's answer alone, as it was here before, lets two equal denoisers differ, and the second one is to learn with its
-# teacher's own weights of the timesteps: with at most 5 on the error of the image, as before, the noisier half of them had 3 % of the weight on the glyphs.
-# None of these runs is kept.
+# Both denoisers' answers are clamped to [-1, 1], so that equal ones give no gradient, and the second one learns with its teacher's own weights of the timesteps: with at most 5
+# on the error of the image, the noisier half of them had 3 % of the weight on the glyphs. None of these runs is kept.
 #
 # ### Distance against time, and against training
 #
