@@ -202,7 +202,9 @@ def _check_folder(folder: Path, this: dict, resume: bool) -> None:
         raise UserError(f"{folder} does not say what it holds (no {RUN}); {other}")
     made = read_run(folder)
     different = differences(complete(made.get("preset", {})), complete(this["preset"]))
-    different += [d for part in this.keys() - {"preset"} for d in differences(made.get(part, {}), this[part])]
+    different += [
+        d for part, wanted in this.items() if part != "preset" for d in differences(made.get(part, {}), wanted)
+    ]
     if different:
         raise UserError(f"{folder} belongs to another preset ({'; '.join(different)}); {other}")
 

@@ -317,7 +317,7 @@ students = [row for row in table if row["method"] not in TEACHERS]
 teachers = [row for row in table if row["method"] in TEACHERS]
 ddim50 = next(row["fd_train"] for row in teachers if row["method"] == "teacher, DDIM" and row["steps"] == 50)
 whole = [row for row in students if ", " not in row["method"]] + [row for row in teachers if row["steps"] >= 4]
-labels = "ms per image", "Frechet distance to the train split"
+labels = "ms per image, equal times side by side", "Frechet distance to the train split"
 figure = plot_methods(whole, "ms_per_image", "fd_train", labels, {"DDIM-50": ddim50})
 _ = save_figure(figure, f"figures/{preset}", "methods_ms")
 
@@ -325,7 +325,7 @@ _ = save_figure(figure, f"figures/{preset}", "methods_ms")
 # The same in the random network's space:
 
 # %%
-labels = "ms per image", "Frechet distance to the train split, random network"
+labels = "ms per image, equal times side by side", "Frechet distance to the train split, random network"
 figure = plot_methods(whole, "ms_per_image", "fd_unseen", labels, {})
 _ = save_figure(figure, f"figures/{preset}", "methods_unseen")
 
@@ -379,7 +379,7 @@ glyphs = means(glyphs_study["rows"], ("method", "budget", "steps"))
 Markdown(markdown(glyphs, SUMMARY))
 
 # %%
-labels = "ms per image", "Frechet distance to the train split, glyphs"
+labels = "ms per image, equal times side by side", "Frechet distance to the train split, glyphs"
 level = next(row["fd_train"] for row in glyphs if (row["method"], row["steps"]) == ("teacher, DDIM", 50))
 framed = [row for row in glyphs if row["method"] not in TEACHERS or row["steps"] >= 4]
 figure = plot_methods(framed, "ms_per_image", "fd_train", labels, {"DDIM-50": level})
