@@ -507,10 +507,13 @@ def quality(name: str, paper_epochs: float, chosen: tuple[str, ...], workers: in
 @cli.command()
 @EMBEDDED
 @click.option(
-    "--method", "methods", multiple=True, help="Only this method (several times for several); teacher: its rows."
+    "--method",
+    "methods",
+    multiple=True,
+    help="Only this method, named as in the table: 'ADD, adversarial alone' (several times); teacher: its rows.",
 )
 @click.option(
-    "--budget", "budgets", type=float, multiple=True, help="Only this budget, in trainings of the improved recipe."
+    "--budget", "budgets", type=float, multiple=True, help="Only this budget, in trainings of Adv-KD's recipe: 1."
 )
 @click.option(
     "--seed", "seeds", type=int, multiple=True, help="Only this training seed; the teacher's rows are all made."

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullFormatter
-from matplotlib.transforms import Bbox, ScaledTranslation
+from matplotlib.transforms import Bbox
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.utils import make_grid, save_image
@@ -334,7 +334,8 @@ def plot_against(rows: list[dict], x: str, y: str, labels: tuple[str, str], log:
     return ax
 
 
-MARKER_PT, APART_PT = 6, 4.5  # methods that share a time overlap a little, and are still near it
+MARKER_PT = 6
+APART = 0.012  # of the range of x, between methods that share one: they overlap a little, and are still near it
 # Of a name, in points from its own point, roughly the nearest first.
 NAME_PLACES = [(5, 4), (5, -10), (-5, 4), (-5, -10), (7, -3), (-7, -3)] + [
     (right, up) for far in range(15, 120, 10) for up in (far, -far, 0, far // 2, -far // 2) for right in (far, -far)
@@ -385,7 +386,7 @@ def plot_methods(
     rows: list[dict], x: str, y: str, labels: tuple[str, str], lines: dict[str, float], named: str = "steps"
 ) -> Figure:
     """Rows as points in the plane of two fields, on logarithmic axes: a colour for each `method`, shared by its variants
-    ("method, variant"), and a marker for each of all. Colours that share an x stand side by side. A method's
+    ("method, variant"), and a marker for each of all. Where colours share an x, they stand side by side around it. A method's
     points are joined and say their field `named` where there are several; `<field>_sd` as error bars. Unless `named` is the
     budget, those of a larger budget are hollow, on a line of their own, with the Pareto front of all behind, at their true x.
     `lines` (name: value of y) are drawn across."""
@@ -393,28 +394,26 @@ def plot_methods(
     methods = list(dict.fromkeys(row["method"] for row in rows))
     families = dict.fromkeys(_family(method) for method in methods if not method.startswith("teacher"))
     colours = dict(zip(families, sns.color_palette("deep", len(families)), strict=True)) | {"teacher": TEACHER}
-    marked = list(dict.fromkeys([*families, *methods]))  # a method looks alike with its variants drawn and without
+    teachers = [method for method in methods if _family(method) == "teacher"]
+    marked = list(dict.fromkeys([*families, *teachers, *methods]))  # all look alike with variants drawn and without
     curves = {(row["method"], 0 if named == "budget" else row.get("budget") or 0) for row in rows}
-    aside, legend = _places_aside(rows, x), []
+    beside, legend = _beside(rows, x), []
     for method, budget in sorted(curves, key=lambda curve: (methods.index(curve[0]), curve[1])):
         of = [row for row in rows if row["method"] == method and budget in (0, row.get("budget"))]
         family = _family(method)
         of, colour = sorted(of, key=lambda row: row[named]), colours[family]
         more = any(curve[0] == method and curve[1] < budget for curve in curves)
         dashes, inside, name = ("--", "white", f", budget {budget:g}") if more else ("-", colour, "")
-        place = ax.transData + ScaledTranslation(aside[family] * APART_PT / 72, 0, figure.dpi_scale_trans)
         style = {"fmt": MARKERS[marked.index(method) % len(MARKERS)] + dashes, "color": colour, "mfc": inside}
         style |= {"ms": MARKER_PT, "lw": 1, "capsize": 2, "clip_on": False, "label": method + name}
         bars = [[row.get(f"{field}_sd") or 0 for row in of] for field in (x, y)]
-        drawn = ax.errorbar([row[x] for row in of], [row[y] for row in of], xerr=bars[0], yerr=bars[1], **style)
-        for part in drawn.get_children():
-            part.set_transform(place)
+        at = [beside[family, row[x]] for row in of]
+        drawn = ax.errorbar(at, [row[y] for row in of], xerr=bars[0], yerr=bars[1], **style)
         legend.append((drawn[0], method + name))  # without the bars, which would hide the marker
         second = more or any(_family(m) == family for m in methods[: methods.index(method)])
         below = {"xytext": (3, -4), "va": "top"} if second else {"xytext": (3, 4)}  # two of a colour are often close
-        for row in of if len(of) > 1 else []:
-            at = {"xycoords": place, "textcoords": "offset points"}
-            ax.annotate(row[named], (row[x], row[y]), fontsize=7, color=colour, **at, **below)
+        for row, here in zip(of, at, strict=True) if len(of) > 1 else []:
+            ax.annotate(row[named], (here, row[y]), textcoords="offset points", fontsize=7, color=colour, **below)
     for (name, value), dashes in zip(lines.items(), (":", "--", "-."), strict=False):
         legend.append((ax.axhline(value, color=INK, ls=dashes, lw=1, zorder=0), name))
     if named != "budget":
@@ -433,13 +432,16 @@ def _family(method: str) -> str:
     return method.split(",")[0]
 
 
-def _places_aside(rows: list[dict], x: str) -> dict[str, float]:
-    """How many places to the side each family of methods stands, so that none hides another of the same x."""
-    at = [(_family(row["method"]), row[x]) for row in rows]
-    sharing = [family for family, here in at if any(there == here and other != family for other, there in at)]
-    sharing = list(dict.fromkeys(sharing))
-    middle = (len(sharing) - 1) / 2
-    return {family: sharing.index(family) - middle if family in sharing else 0 for family, _ in at}
+def _beside(rows: list[dict], x: str) -> dict[tuple[str, float], float]:
+    """Where on a logarithmic axis each family of methods is drawn that has a row at an x: there, or side by side around it."""
+    times = sorted({row[x] for row in rows})
+    apart = (times[-1] / times[0]) ** APART
+    drawn = {}
+    for time in times:
+        here = list(dict.fromkeys(_family(row["method"]) for row in rows if row[x] == time))
+        for place, family in enumerate(here):
+            drawn[family, time] = time * apart ** (place - (len(here) - 1) / 2)
+    return drawn
 
 
 def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -307,11 +307,10 @@ def _measure_cost(preset: Preset, threads: int) -> dict:
 
 def at_a_glance(data: str, table: list[dict]) -> list[dict]:
     """Of the means of a study, what `GLANCE` shows: every method as it is, without its parts or another network, with the
-    least budget that it has, and the teacher in four and in fifty steps."""
+    training of Adv-KD's recipe or less, by budget, and the teacher in four and in fifty steps."""
     students = [row for row in table if row["method"] not in TEACHERS and ", " not in row["method"]]
+    students = sorted((row for row in students if row["budget"] <= 1), key=lambda row: row["budget"])
     teachers = [row for row in table if row["method"] in TEACHERS and row["steps"] in (4, 50)]
-    least = {row["method"]: row["budget"] for row in sorted(students, key=lambda row: row["budget"], reverse=True)}
-    students = [row for row in students if row["budget"] == least[row["method"]]]
     return [{"data": data} | row for row in students + teachers]
 
 

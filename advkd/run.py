@@ -102,8 +102,7 @@ def _train(
         this["features"] = {"weights": dino.fingerprint}
     if identity := getattr(images, "identity", None):  # of a folder, whose files may change
         this["images"] = {"decoded": identity}
-    if preset.method == "advkd":
-        trajectories.check_fits(preset)
+    trajectories.check_fits(preset)
     _check_folder(folder, this, resume)
     total = Plan(preset, len(trajectories)).steps
     if (folder / PIPELINE / "model_index.json").exists():

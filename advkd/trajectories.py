@@ -395,8 +395,9 @@ class TrajectoryStore:
         return self.config["trajectories"]
 
     def check_fits(self, preset: Preset) -> None:
-        """Raise UserError that names the fields where the states are of another shape than the preset's submodules make."""
-        shape = {name: getattr(preset, name) for name in ("image_size_px", "channels", "submodules")}
+        """Raise UserError that names the fields where images are of another shape than the preset's, or (Adv-KD) states are."""
+        names = ("image_size_px", "channels") + (("submodules",) if preset.method == "advkd" else ())
+        shape = {name: getattr(preset, name) for name in names}
         if different := differences({name: self.config[name] for name in shape}, shape):
             raise UserError(f"the trajectories in {self.folder} do not fit the preset ({'; '.join(different)})")
 

@@ -310,7 +310,7 @@ Markdown(markdown(parts, {field: SUMMARY[field] for field in fields}))
 # ### Distance against time, and against training
 #
 # The methods as they are, without their parts and other networks, by the time an image takes; those of budget 4 hollow. Methods
-# that take the same time stand side by side; the front is where their true times are. The teacher begins at four steps: in fewer it is far above the frame (table).
+# that take the same time stand side by side around it. The front, of all budgets, is at the true times. The teacher begins at four steps: in fewer it is far above the frame (table).
 
 # %%
 students = [row for row in table if row["method"] not in TEACHERS]
@@ -367,8 +367,8 @@ _ = save_figure(figure, f"figures/{preset}", "methods_samples")
 #
 # The same methods on the glyphs (letters in colour, 32 px, real images without end; notebook 5), whose teacher's U-Net has 2.6M parameters
 # and Adv-KD's network 421,857. There budget 1, the recipe's 10,000 steps, takes two and a quarter hours of one thread without
-# bfloat16 (AMD, AVX2), so these rows have **a quarter of it, with three training seeds** (regression and DMD also the whole, with one), and of the teacher one sampling seed. The making of
-# 5,000 trajectories takes 0.35 of budget 1, here more than the training itself. "Training compute" was timed on an
+# bfloat16 (AMD, AVX2), so every method has **a quarter of it with three training seeds, and the whole with one, but for progressive distillation** (seed 3, hollow in the
+# figure); the teacher has one sampling seed. The making of 5,000 trajectories takes 0.35 of budget 1. "Training compute" was timed on an
 # idle machine; it says 8 % less to 1 % more than Adv-KD for the others, but 12 % more for ADD's adversarial part.
 # Recipes are those of the digits; only Adv-KD's weights of L1 and R1, its widths and number of steps were chosen on this data
 # set (notebook 5), and the weight of DMD's pairs on both.
@@ -381,49 +381,51 @@ Markdown(markdown(glyphs, SUMMARY))
 # %%
 labels = "ms per image, equal times side by side", "Frechet distance to the train split, glyphs"
 level = next(row["fd_train"] for row in glyphs if (row["method"], row["steps"]) == ("teacher, DDIM", 50))
-framed = [row for row in glyphs if row["method"] not in TEACHERS or row["steps"] >= 4]
+framed = [row for row in glyphs if row["steps"] >= 4 or row["method"] not in TEACHERS]
+framed = [row for row in framed if ", " not in row["method"] or row["method"] in TEACHERS]  # without parts of ADD
 figure = plot_methods(framed, "ms_per_image", "fd_train", labels, {"DDIM-50": level})
 _ = save_figure(figure, f"figures/{preset}", "glyphs_methods_ms")
 
+# %% [markdown]
+# From the same noise again, after the whole training:
+
 # %%
 glyph_images = shown_images("glyphs")
-drawn = drawn_of([row for row in glyphs if row.get("budget") != 1], glyph_images)
-figure = plot_samples(drawn, [glyph_images[image_key(row)][:3] for row in drawn], columns=7)
+drawn = drawn_of([row for row in glyphs if row.get("budget") != 0.25], glyph_images)
+figure = plot_samples(drawn, [glyph_images[image_key(row)][:4] for row in drawn], columns=7)
 _ = save_figure(figure, f"figures/{preset}", "glyphs_methods_samples")
 
 # %% [markdown]
-# - **Adv-KD is the nearest whole method in one step**, here in both spaces (353, and 0.180 in the random network's), with a sixth of the parameters and a
-#   third of the time per image. With its whole training it is ahead of its teacher's DDIM and DDPM in up to 1000 steps in both
-#   (192 and 0.074, three seeds; notebook 5); with a quarter it is level with DDPM by the classifier's features alone, and behind DDIM-50 (252, 0.133).
-# - **Pair regression** is the next whole method (418), and not ahead in the random network's space as it is on the digits (0.259). With the whole budget
-#   (one seed) it has 306 and 0.214: other than on the digits it gains by four times the training.
-# - **Consistency distillation in two steps is as near as the teacher in fifty by the classifier's features** (249 and 252), without trajectories and
-#   without a critic, but not in the random network's space (0.234 and 0.133), where one step of Adv-KD is nearer too. In one step it has
-#   468, and in four 384, further again, though not in that space (0.220). Its images in four steps look grainy. A likely reason: of
-#   real images, noised to $t = 249$ as before the last of four steps, it gives back the flat grounds with grain of a standard deviation of 0.064 (about
-#   the mean of 3 x 3 pixels in [-1, 1]; 64 images; not kept), where the teacher leaves 0.023. Its recall is 0.70 in two
-#   and four steps, as Adv-KD's (DDIM-50 0.82).
-# - **ADD** is far off, and its seeds differ: one step 508, 643 and 1,109, two 556 to 596, four 568, 582 and 1,006; recall 0.36 in one. Its images look grainy too, and in the
-#   random network's space it is further with more steps (means 0.70, 1.05, 1.10). Other than on the digits, four steps of DPM-Solver++ with the teacher itself are
-#   nearer than it by the classifier's features (504), and about level with its one step in the other space (0.72).
-# - **ADD's adversarial part alone is nearer than both, with each of the three seeds**: one step 327, 350 and 1,020, four 236, 280 and 676. So with two of them it is level
-#   with Adv-KD in one step, and in four before DDIM-50 (252) once; with the third both stay among grainy letters. In the random network's space it is further than
-#   Adv-KD (0.31, and 0.67 in four steps). So here the distillation harms, where on the digits both are level. (It had 18 % more training: 522 steps to 412.)
-# - **Why the distillation harms, and why the seeds differ, is open.** What was seen, of ADD with it and without: the critic's heads begin at random, and in its first steps the student forgets what its teacher knows. At
+# Distances are to the train split: in the classifier's features, then in the random network's space. DDIM-50 has 252 and 0.133. What
+# follows of the whole training rests on **one seed**; a quarter's seeds differ by up to a factor of two.
+#
+# - **How long one trains decides.** With a quarter of the training one step of Adv-KD is the nearest of the whole methods in both spaces (353 and 0.180; regression
+#   418 and 0.259), and no one-step student reaches DDIM-50. With the whole, **Adv-KD (210 and 0.087) and ADD (226 and 0.071) are both ahead of it**, each
+#   nearer in one of the spaces; over three training and three sampling seeds Adv-KD's recipe has 192 and 0.074 (notebook 5). It has a sixth
+#   of ADD's parameters, a third of its time per image and more recall (0.84; ADD 0.73).
+# - **ADD gains the most.** A quarter, 412 steps, leaves it among grainy letters (one step 508, 643 and 1,109, four 568, 582 and 1,006). After the whole it has 226, 159 and **121
+#   in one, two and four steps, the last half as far as the teacher in fifty**, with as much recall (0.83; DDIM-50 0.82). In the random network's space
+#   more steps take it further, as with a quarter (0.071, 0.092, 0.112), and fifty of DPM-Solver++ are nearer than four of it (0.082). Its grounds stay grainy.
+# - **ADD's adversarial part alone** is nearer than both with each of a quarter's three seeds (one step 327, 350 and 1,020, four 236, 280 and 676). With the whole training they are as level as on the
+#   digits: in one step 181 and 0.081 (both: 226 and 0.071), in four 147 and 0.106 (both: 121 and 0.112). It had 18 % more training in either case.
+# - **Why a quarter's seeds differ, and why they are further with the distillation, is open.** The critic's heads begin at random, and in its first steps the student forgets what its teacher knows: at
 #   $t = 249$ the mean squared distance of its answers from the real images goes from 0.016 to 0.13 in 30 steps, and the letters fade (256 images,
 #   training seed 1; the digits': 0.028 to 0.045). At a quarter of the learning rate it goes to 0.042, with 30 steps of
-#   the critic alone before to 0.060. But no cure was found: of three whole trainings of both parts with other settings
-#   (training seed 1, sampling seed 2, one step) a quarter of the rate gave 1150 and noisy blots, Adv-KD's rule for larger images (R1 on the
-#   images times 12, $\lambda$ times 3.5) 983 and paler letters, a critic that is shown less noise (`feature_noise` -2.5, 1.5) 514, as the best of the table's seeds; in the random network's space
-#   1.56, 0.86 and 1.10, where these have 0.61 to 0.78. None of these is kept; `papermill notebooks/06_head_to_head.ipynb out.ipynb
+#   the critic alone before to 0.060. But of three trainings of a quarter with other settings (training seed 1, sampling seed 2, one step) that rate gave 1150 and noisy blots, Adv-KD's rule for larger images (R1 on the
+#   images times 12, $\lambda$ times 3.5) 983 and paler letters, a critic that is shown less noise (`feature_noise` -2.5, 1.5) 514, as the best of the table's seeds. None of these is kept; `papermill notebooks/06_head_to_head.ipynb out.ipynb
 #   -p preset glyphs -p live_steps 30` draws the fading (and makes the glyphs' trajectories first).
-# - **Progressive distillation** is as near as ADD's better seeds in one step by the classifier's features (635), and half as far in the random network's space (0.35); recall 0.54.
-# - **DMD** is the furthest in the mean by the classifier's features (1,072; 0.56 in the random network's space, recall 0.35). A quarter of the budget is 250 steps of it, and its pairs, which have to bring the images
-#   apart first, are still falling there: with the whole budget (one seed) it has 426 and 0.261, recall 0.62. The column of near-copies counts 6 % of its images: a blur is close to any pale one (the teacher's one step: all).
+# - **Consistency distillation** asks for no trajectories and no critic. With a quarter its two steps are level with DDIM-50 in the classifier's features (249), but not in the random network's space
+#   (0.234). The whole brings one step there (468 to 259; 0.305 to 0.154) and two near DDIM-50 in both spaces (272 and 0.134); four are further (329 and 0.161) and look grainy. A likely reason, seen with a quarter: of
+#   real images, noised to $t = 249$ as before the last of four steps, it gives back the flat grounds with grain of a standard deviation of 0.064 (about
+#   the mean of 3 x 3 pixels in [-1, 1]; 64 images; not kept), where the teacher leaves 0.023. Recall falls with the whole training, from 0.70 to 0.61 in two and four steps.
+# - **Pair regression** goes from 418 to 306 and from 0.259 to 0.214: unlike on the digits it gains by four times the training, and is not ahead in the random network's space.
+# - **Progressive distillation** has 635 and 0.350 with a quarter, recall 0.54: as near as ADD's better seeds by the classifier's features, and half as far in the other space.
+# - **DMD** is the furthest in the mean with a quarter (1,072 and 0.557, recall 0.35): that is 250 steps, and its pairs, which have to bring the images
+#   apart first, are still falling there. With the whole it has 426 and 0.261, recall 0.62. The column of near-copies counts 6 % of its images with a quarter: a blur is close to any pale one (the teacher's one step: all).
 # - **The teacher** in eight steps of DPM-Solver++ is level with fifty of DDIM (250; 0.144 in the random network's space, a little behind), and in sixteen
 #   ahead in both (239 and 0.089), where fifty change little (243 and 0.082). In two neither it nor DDIM is of use.
-# - **Not made yet:** other parts of ADD, and budget 1 of the other methods. `python -m advkd compare --preset glyphs --budget 0.25 --seed 3` makes this
-#   budget's rows of a seed, and the teacher's (many hours; what is not in `runs/` is trained again).
+# - **Not made yet:** other parts of ADD, and more seeds of the whole training. `python -m advkd compare --preset glyphs --seed 3` makes
+#   a seed's rows with both budgets, and the teacher's (many hours; what is not in `runs/` is trained again).
 #
 # ### Both at a glance
 
@@ -461,7 +463,7 @@ Markdown(markdown(PUBLISHED, {field: field for field in PUBLISHED[0]}))
 # ## Which do people prefer?
 #
 # ADD was judged by people, who saw two images side by side. The panel below does the same: two methods in random order and on
-# random sides, nine images each from the same noise, no names. Votes are kept in `runs/`, under the name of the voter; whoever
+# random sides (whole methods and what Adv-KD's network learns by regression, without parts of ADD), nine images each from the same noise, no names. Votes are kept in `runs/`, under the name of the voter; whoever
 # comes back goes on. The file is named after the images, so that votes on other students are not counted with these.
 
 # %% tags=["nbval-ignore-output"]

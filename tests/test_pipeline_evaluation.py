@@ -453,7 +453,7 @@ def test_a_methods_steps_are_joined_and_named():
     figure = figures.plot_methods(rows, "ms", "fd", ("ms", "distance"), {"floor": 1.0})
     (ax,) = figure.axes
     assert [text.get_text() for text in ax.texts] == ["1", "2", "4"], "a method of one step needs no number"
-    assert ax.containers[0][0].get_xydata().tolist() == [[10, 4], [20, 2], [40, 1]]
+    assert ax.containers[0][0].get_xydata()[1:].tolist() == [[20, 2], [40, 1]]
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["ADD", "DMD", "floor", "Pareto front"]
     rows = [{"method": "ADD", "steps": 1, "budget": n, "ms": 10 * n, "fd": 4 / n} for n in (4, 1)]
     (ax,) = figures.plot_methods(rows, "ms", "fd", ("ms", "distance"), {}, named="budget").axes
@@ -468,31 +468,22 @@ def test_a_methods_steps_are_joined_and_named():
 
 
 def test_methods_of_equal_time_stand_side_by_side():
-    times = {"ADD": (10, 40), "ADD, random start": (10,), "DMD": (10, 20), "regression": (20,), "consistency": (40,)}
+    times = {"ADD": (10, 40), "ADD, random start": (10,), "DMD": (10, 20), "regression": (20, 30), "Adv-KD": (3,)}
     rows = [{"method": m, "steps": n, "ms": ms, "fd": 2.0} for m, at in times.items() for n, ms in enumerate(at, 1)]
-    rows.append({"method": "Adv-KD", "steps": 1, "ms": 3, "fd": 1.0, "fd_sd": 0.5})
     (ax,) = figures.plot_methods(rows, "ms", "fd", ("", ""), {}).axes
-    ax.figure.canvas.draw()
-    first = {row["method"]: (row["ms"], row["fd"]) for row in reversed(rows)}
-    lines = {bars.get_label(): bars[0] for bars in ax.containers}
-    shift = {
-        name: (line.get_transform().transform(first[name]) - ax.transData.transform(first[name]))[0]
-        for name, line in lines.items()
-    }
-    points = {name: pixels * 72 / ax.figure.dpi for name, pixels in shift.items()}
-    places = {"ADD": -1.5, "ADD, random start": -1.5, "DMD": -0.5, "regression": 0.5, "consistency": 1.5, "Adv-KD": 0}
-    aside = {name: place * figures.APART_PT for name, place in places.items()}
-    assert points == pytest.approx(aside, abs=1e-6), "apart wherever they share a time"
-    (line, caps, (low_to_high, *_)) = ax.containers[-1]
-    assert low_to_high.get_transform() == line.get_transform() == caps[0].get_transform()
-    assert all(
-        text.xycoords == lines["ADD" if text.xy in ((10, 2.0), (40, 2.0)) and i < 2 else "DMD"].get_transform()
-        for i, text in enumerate(ax.texts)
-    ), "numbers stand beside their markers"
-    handles = dict(
-        zip([text.get_text() for text in ax.get_legend().get_texts()], ax.get_legend().legend_handles, strict=True)
+    drawn = {bars.get_label(): bars[0].get_xdata() for bars in ax.containers}
+    half = (40 / 3) ** (figures.APART / 2)
+    expected = {"ADD": (10 / half, 40), "ADD, random start": (10 / half,), "DMD": (10 * half, 20 / half)}
+    expected |= {"regression": (20 * half, 30), "Adv-KD": (3,)}
+    assert {name: pytest.approx(at) for name, at in expected.items()} == drawn, (
+        "apart where they share a time, and there alone"
     )
-    assert all(handles[name].get_marker() == line.get_marker() for name, line in lines.items())
+    assert {text.xy[0] for text in ax.texts} == {at for name, x in drawn.items() for at in x if len(x) > 1}
+    (front,) = (line for line in ax.lines if line.get_drawstyle() == "steps-post")
+    assert front.get_xdata().tolist() == [3], "the front is at the true times"
+    legend = ax.get_legend()
+    handles = dict(zip([text.get_text() for text in legend.get_texts()], legend.legend_handles, strict=True))
+    assert all(handles[bars.get_label()].get_marker() == bars[0].get_marker() for bars in ax.containers)
     plt.close("all")
 
 
@@ -506,12 +497,12 @@ def test_a_method_looks_alike_with_and_without_its_variants():
         {"method": name, "steps": 1, "ms": 1, "fd": 1} for name in ("ADD", "ADD, random start", "DMD", "teacher, DDIM")
     ]
     looks = []
-    for drawn in (rows, rows[::2]):
+    for drawn in (rows, [row for row in rows if ", random" not in row["method"]]):
         (ax,) = figures.plot_methods(drawn, "ms", "fd", ("", ""), {}).axes
         looks.append({bars.get_label(): (bars[0].get_color(), bars[0].get_marker()) for bars in ax.containers})
     plt.close("all")
     every, few = looks
-    assert few == {name: every[name] for name in ("ADD", "DMD")}
+    assert few == {name: every[name] for name in ("ADD", "DMD", "teacher, DDIM")}
     (colour, marker), (other, another) = every["ADD"], every["ADD, random start"]
     assert colour == other and marker != another
     assert every["teacher, DDIM"][0] == figures.TEACHER != every["DMD"][0] != colour
