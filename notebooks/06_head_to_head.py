@@ -392,7 +392,7 @@ _ = save_figure(figure, f"figures/{preset}", "glyphs_methods_ms")
 # %%
 glyph_images = shown_images("glyphs")
 drawn = drawn_of([row for row in glyphs if row.get("budget") != 0.25], glyph_images)
-figure = plot_samples(drawn, [glyph_images[image_key(row)][:4] for row in drawn], columns=7)
+figure = plot_samples(drawn, [glyph_images[image_key(row)][:3] for row in drawn], columns=7)
 _ = save_figure(figure, f"figures/{preset}", "glyphs_methods_samples")
 
 # %% [markdown]

@@ -642,6 +642,12 @@ CASES = [
         "image_size_px: made with 16, wanted 32",
     ),
     Case(
+        "a store of another preset's images, for a method that reads images alone",
+        copies("store"),
+        "train --preset glyphs --trajectories store --method dmd --steps 6 --out out",
+        "trajectories in store do not fit the preset .channels: made with 1, wanted 3",
+    ),
+    Case(
         "a store of another teacher",
         both(teaches(seed=5), copies("store")),
         MAKE.replace("--out out", "--out store") + " --set sampler=ddim",
