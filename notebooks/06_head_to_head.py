@@ -198,7 +198,7 @@ table = means(rows, ("method", "budget", "steps"))
 Markdown(markdown(table, SUMMARY))
 
 # %% [markdown]
-# **How many seeds a row has, the table says** (three training seeds at budget 1; at budget 4 three of ADD, two of DMD and one of the other methods and of
+# **How many seeds a row has, the table says** (three training seeds at budget 1; at budget 4 three of ADD and of DMD, and one of the other methods and of
 # ADD's adversarial part; the teacher: three sampling seeds); `python -m advkd compare` makes what is missing.
 # So take the single seeds of budget 4 for a first impression, and small differences for none. The budgets were set on a processor that computes in bfloat16, where
 # they were to take as long as Adv-KD's; "training compute" is in float32 on one without it (AMD, AVX2), where the others'
@@ -225,13 +225,13 @@ Markdown(markdown(table, SUMMARY))
 # - **In the random network's space, which no recipe was chosen by, the order is another.** In one step pair regression is nearest to the
 #   train split (0.036), before Adv-KD (0.040), DMD (0.043), consistency distillation (0.044), progressive distillation (0.058) and ADD (0.060). It had 1.5 times
 #   the training that Adv-KD and ADD had; so had consistency distillation, which gains little by four steps (0.036; ADD 0.050). The held-out split
-#   gives the same order in the main, with DMD before Adv-KD and consistency distillation (0.088; both 0.090). With four times the training (one seed each, ADD three, DMD two)
-#   Adv-KD (0.026) is the nearest student in one step, not far from DDIM-50 (0.023), before DMD (0.033), ADD's adversarial part alone (0.034), regression (0.037), consistency
+#   gives the same order in the main, with DMD before Adv-KD and consistency distillation (0.088; both 0.090). With four times the training (one seed each, ADD and DMD three)
+#   Adv-KD (0.026) is the nearest student in one step, not far from DDIM-50 (0.023), before DMD (0.034), ADD's adversarial part alone (0.034), regression (0.037), consistency
 #   distillation (0.038), ADD (0.039) and progressive distillation (0.043).
 # - **Below the distance of real digits from each other, nearer need not mean better.** 600 real digits are 0.82 ± 0.32 from the other 1,197,
 #   over ten random splits (notebook 4). At 600 images ADD in four steps has 0.85, Adv-KD 0.96 and DDIM-50 0.98 (`fd_train_subset` in the
 #   table's file): as near as that.
-# - **DMD** gets to 1.8, and with four times the training (two seeds) to 1.1, the third there after ADD and Adv-KD. It has the pairs that regression has, and what
+# - **DMD** gets to 1.8, and with four times the training (three seeds) to 1.1, the third there after ADD and Adv-KD. It has the pairs that regression has, and what
 #   the difference of its denoisers adds to them begins to show there: regression stays at 1.5.
 # - **Progressive distillation** is the furthest of the whole methods (2.4), and at four times the training level with regression (1.6).
 # - **The teacher** in eight steps of DPM-Solver++ is as near to the train split as in fifty of DDIM, but not to held-out images (1.67 against 1.43); in one to four it is far behind ADD.
@@ -367,7 +367,7 @@ _ = save_figure(figure, f"figures/{preset}", "methods_samples")
 #
 # The same methods on the glyphs (letters in colour, 32 px, real images without end; notebook 5), whose teacher's U-Net has 2.6M parameters
 # and Adv-KD's network 421,857. There budget 1, the recipe's 10,000 steps, takes two and a quarter hours of one thread without
-# bfloat16 (AMD, AVX2), so every method has **a quarter of it with three training seeds, and the whole with one, but for progressive distillation** (seed 3, hollow in the
+# bfloat16 (AMD, AVX2), so every method has **a quarter of it with three training seeds, and the whole with one** (seed 3, hollow in the
 # figure); the teacher has one sampling seed. The making of 5,000 trajectories takes 0.35 of budget 1. "Training compute" was timed on an
 # idle machine; it says 8 % less to 1 % more than Adv-KD for the others, but 12 % more for ADD's adversarial part.
 # Recipes are those of the digits; only Adv-KD's weights of L1 and R1, its widths and number of steps were chosen on this data
@@ -419,7 +419,7 @@ _ = save_figure(figure, f"figures/{preset}", "glyphs_methods_samples")
 #   real images, noised to $t = 249$ as before the last of four steps, it gives back the flat grounds with grain of a standard deviation of 0.064 (about
 #   the mean of 3 x 3 pixels in [-1, 1]; 64 images; not kept), where the teacher leaves 0.023. Recall falls with the whole training, from 0.70 to 0.61 in two and four steps.
 # - **Pair regression** goes from 418 to 306 and from 0.259 to 0.214: unlike on the digits it gains by four times the training, and is not ahead in the random network's space.
-# - **Progressive distillation** has 635 and 0.350 with a quarter, recall 0.54: as near as ADD's better seeds by the classifier's features, and half as far in the other space.
+# - **Progressive distillation** goes from 635 to 278 and from 0.350 to 0.223, its recall from 0.54 to 0.70: then a little nearer than regression by the classifier's features, and about level with it in the other space.
 # - **DMD** is the furthest in the mean with a quarter (1,072 and 0.557, recall 0.35): that is 250 steps, and its pairs, which have to bring the images
 #   apart first, are still falling there. With the whole it has 426 and 0.261, recall 0.62. The column of near-copies counts 6 % of its images with a quarter: a blur is close to any pale one (the teacher's one step: all).
 # - **The teacher** in eight steps of DPM-Solver++ is level with fifty of DDIM (250; 0.144 in the random network's space, a little behind), and in sixteen
