@@ -198,7 +198,7 @@ table = means(rows, ("method", "budget", "steps"))
 Markdown(markdown(table, SUMMARY))
 
 # %% [markdown]
-# **How many seeds a row has, the table says** (three training seeds at budget 1; at budget 4 three of ADD and of DMD, and one of the other methods and of
+# **How many seeds a row has, the table says** (three training seeds at budget 1; at budget 4 three of ADD and of DMD, two of Adv-KD, and one of the other methods and of
 # ADD's adversarial part; the teacher: three sampling seeds); `python -m advkd compare` makes what is missing.
 # So take the single seeds of budget 4 for a first impression, and small differences for none. The budgets were set on a processor that computes in bfloat16, where
 # they were to take as long as Adv-KD's; "training compute" is in float32 on one without it (AMD, AVX2), where the others'
@@ -209,13 +209,13 @@ Markdown(markdown(table, SUMMARY))
 # - **Adv-KD** is ahead of all other one-step students of budget 1 by distance in the classifier's features, by which its recipe was
 #   chosen, with a quarter of the U-Nets' parameters and little more than a third of their time per image. By recall it is level with ADD and
 #   behind consistency and progressive distillation (0.87), DMD and regression (0.88), and 2 % of its images are near-copies of
-#   training images, five times as many as of ADD's in one step. Four times the training (one seed) buys recall, 0.82, and hardly any
+#   training images, five times as many as of ADD's in one step. Four times the training (two seeds) buys recall, 0.82, and hardly any
 #   distance, 0.39; and the pull towards the training images grows: 0.68 of the samples are nearer to them than to as many held-out
 #   ones, instead of 0.63.
 # - **ADD** comes next, asks the teacher for nothing beforehand, and gets nearer to the train split with more steps (at budget 4 no more beyond two) and with training. It was to reach 1.5 times DDIM-50's
 #   distance to the train split (0.48, by the classifier's features) in one step and 1.0 times in four. At budget 1 it **does the second (0.43; two of three seeds) and not the first (0.92)**; at budget 4 it
-#   **does both**: 0.40 in one step, 0.33 in four. There it is level with Adv-KD on the train split in one step and nearer to the held-out images
-#   (1.05 against 1.41), with half as many near-copies, but behind by recall (0.75 against 0.82).
+#   **does both**: 0.40 in one step, 0.33 in four. There it is level with Adv-KD on the train split in one step and nearer to the held-out images in the mean
+#   (1.05 against 1.23; Adv-KD's two seeds have 1.05 and 1.41), with fewer near-copies (1.2 % against 1.9), but behind by recall (0.75 against 0.82).
 # - **Pair regression** is three times as far as Adv-KD, with nearly the recall of the teacher: the U-Net is given the whole noise, and the
 #   teacher's map from noise to image is smooth enough to be learnt. With our submodules, which see sixteen numbers of it, it is twenty times as far. Four times the training (one seed) brings it
 #   no nearer (1.5).
@@ -225,8 +225,8 @@ Markdown(markdown(table, SUMMARY))
 # - **In the random network's space, which no recipe was chosen by, the order is another.** In one step pair regression is nearest to the
 #   train split (0.036), before Adv-KD (0.040), DMD (0.043), consistency distillation (0.044), progressive distillation (0.058) and ADD (0.060). It had 1.5 times
 #   the training that Adv-KD and ADD had; so had consistency distillation, which gains little by four steps (0.036; ADD 0.050). The held-out split
-#   gives the same order in the main, with DMD before Adv-KD and consistency distillation (0.088; both 0.090). With four times the training (one seed each, ADD and DMD three)
-#   Adv-KD (0.026) is the nearest student in one step, not far from DDIM-50 (0.023), before DMD (0.034), ADD's adversarial part alone (0.034), regression (0.037), consistency
+#   gives the same order in the main, with DMD before Adv-KD and consistency distillation (0.088; both 0.090). With four times the training (one seed each, ADD and DMD three, Adv-KD two)
+#   Adv-KD (0.025) is the nearest student in one step, not far from DDIM-50 (0.023), before DMD (0.034), ADD's adversarial part alone (0.034), regression (0.037), consistency
 #   distillation (0.038), ADD (0.039) and progressive distillation (0.043).
 # - **Below the distance of real digits from each other, nearer need not mean better.** 600 real digits are 0.82 ± 0.32 from the other 1,197,
 #   over ten random splits (notebook 4). At 600 images ADD in four steps has 0.85, Adv-KD 0.96 and DDIM-50 0.98 (`fd_train_subset` in the
@@ -407,7 +407,7 @@ _ = save_figure(figure, f"figures/{preset}", "glyphs_methods_samples")
 #   in one, two and four steps, the last half as far as the teacher in fifty**, with as much recall (0.83; DDIM-50 0.82). In the random network's space
 #   more steps take it further, as with a quarter (0.071, 0.092, 0.112), and fifty of DPM-Solver++ are nearer than four of it (0.082). Its grounds stay grainy.
 # - **ADD's adversarial part alone** is nearer than both with each of a quarter's three seeds (one step 327, 350 and 1,020, four 236, 280 and 676). With the whole training they are as level as on the
-#   digits: in one step 181 and 0.081 (both: 226 and 0.071), in four 147 and 0.106 (both: 121 and 0.112). It had 18 % more training in either case.
+#   digits: in one step 181 and 0.081 (both: 226 and 0.071), in four 147 and 0.106 (both: 121 and 0.112). It had 18 % more training in either case (by time).
 # - **Why a quarter's seeds differ, and why they are further with the distillation, is open.** The critic's heads begin at random, and in its first steps the student forgets what its teacher knows: at
 #   $t = 249$ the mean squared distance of its answers from the real images goes from 0.016 to 0.13 in 30 steps, and the letters fade (256 images,
 #   training seed 1; the digits': 0.028 to 0.045). At a quarter of the learning rate it goes to 0.042, with 30 steps of
