@@ -607,14 +607,7 @@ def _build(name: str, recipe: str, data: dict, overrides: dict) -> Preset:
         overrides = {"real_share": wanted} | overrides
         if not overrides["real_share"]:
             raise UserError(f"recipe {recipe!r} trains without real images; leave them out")
-    preset = _with(Preset(name=name, recipe=recipe, **(data | values)), overrides)
-    for field in ("widths", "block", "head", "latent"):  # of the submodules alone; a preset's own stay, unread
-        if preset.architecture == "unet" and getattr(preset, field) != values[field]:
-            raise UserError(
-                f"{field} is {getattr(preset, field)!r}, but the student is the teacher's U-Net, which does not use it: "
-                "leave it out, or choose architecture='submodules'"
-            )
-    return preset
+    return _with(Preset(name=name, recipe=recipe, **(data | values)), overrides)
 
 
 def _with(preset: Preset, overrides: dict) -> Preset:

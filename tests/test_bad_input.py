@@ -255,12 +255,6 @@ CASES = [
     ),
     Case("a budget", nothing, "compare --budget 3", "no budget 3.0; budgets: "),
     Case("a budget that is no number", nothing, "compare --budget nan", "no budget nan; budgets: "),
-    Case(
-        "submodules' widths for a U-Net",
-        nothing,
-        "train --method add --set widths=[4,6] --out out",
-        "widths is .4, 6., but the student is the teacher's U-Net, .* architecture='submodules'",
-    ),
     Case("a contestant", nothing, "compare --method gan", "no method 'gan'; methods: 'Adv-KD', "),
     Case("a study of another preset", nothing, "compare --preset cifar10", "'cifar10'; presets: digits"),
     Case(
