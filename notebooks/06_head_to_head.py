@@ -397,17 +397,16 @@ _ = save_figure(figure, f"figures/{preset}", "glyphs_methods_samples")
 
 # %% [markdown]
 # Distances are to the train split: in the classifier's features, then in the random network's space. DDIM-50 has 252 and 0.133. What
-# follows of the whole training rests on **one seed**; a quarter's seeds differ by up to a factor of two.
+# follows of the whole training rests on **one seed**; a quarter's seeds differ by up to a factor of three (ADD's adversarial part).
 #
 # - **How long one trains decides.** With a quarter of the training one step of Adv-KD is the nearest of the whole methods in both spaces (353 and 0.180; regression
 #   418 and 0.259), and no one-step student reaches DDIM-50. With the whole, **Adv-KD (210 and 0.087) and ADD (226 and 0.071) are both ahead of it**, each
 #   nearer in one of the spaces; over three training and three sampling seeds Adv-KD's recipe has 192 and 0.074 (notebook 5). It has a sixth
 #   of ADD's parameters, a third of its time per image and more recall (0.84; ADD 0.73).
-# - **ADD gains the most.** A quarter, 412 steps, leaves it among grainy letters (one step 508, 643 and 1,109, four 568, 582 and 1,006). After the whole it has 226, 159 and **121
+# - **ADD gains the most by ratio** (one step). A quarter, 412 steps, leaves it among grainy letters (one step 508, 643 and 1,109, four 568, 582 and 1,006). After the whole it has 226, 159 and **121
 #   in one, two and four steps, the last half as far as the teacher in fifty**, with as much recall (0.83; DDIM-50 0.82). In the random network's space
 #   more steps take it further, as with a quarter (0.071, 0.092, 0.112), and fifty of DPM-Solver++ are nearer than four of it (0.082). Its grounds stay grainy.
-# - **ADD's adversarial part alone** is nearer than both with each of a quarter's three seeds (one step 327, 350 and 1,020, four 236, 280 and 676). With the whole training they are as level as on the
-#   digits: in one step 181 and 0.081 (both: 226 and 0.071), in four 147 and 0.106 (both: 121 and 0.112). It had 18 % more training in either case (by time).
+# - **ADD's adversarial part alone** is nearer than both with each of a quarter's three seeds (one step 327, 350 and 1,020, four 236, 280 and 676). With the whole training each is nearer in one of the spaces: in one step 181 and 0.081 (both: 226 and 0.071), in four 147 and 0.106 (both: 121 and 0.112). It had 18 % more training in either case (by time).
 # - **Why a quarter's seeds differ, and why they are further with the distillation, is open.** The critic's heads begin at random, and in its first steps the student forgets what its teacher knows: at
 #   $t = 249$ the mean squared distance of its answers from the real images goes from 0.016 to 0.13 in 30 steps, and the letters fade (256 images,
 #   training seed 1; the digits': 0.028 to 0.045). At a quarter of the learning rate it goes to 0.042, with 30 steps of
@@ -415,16 +414,16 @@ _ = save_figure(figure, f"figures/{preset}", "glyphs_methods_samples")
 #   images times 12, $\lambda$ times 3.5) 983 and paler letters, a critic that is shown less noise (`feature_noise` -2.5, 1.5) 514, as the best of the table's seeds. None of these is kept; `papermill notebooks/06_head_to_head.ipynb out.ipynb
 #   -p preset glyphs -p live_steps 30` draws the fading (and makes the glyphs' trajectories first).
 # - **Consistency distillation** asks for no trajectories and no critic. With a quarter its two steps are level with DDIM-50 in the classifier's features (249), but not in the random network's space
-#   (0.234). The whole brings one step there (468 to 259; 0.305 to 0.154) and two near DDIM-50 in both spaces (272 and 0.134); four are further (329 and 0.161) and look grainy. A likely reason, seen with a quarter: of
+#   (0.234). The whole brings one step there (468 to 259; 0.305 to 0.154) and two nearer in the random network's space alone (272 and 0.134); four are further (329 and 0.161) and look grainy. A likely reason, seen with a quarter: of
 #   real images, noised to $t = 249$ as before the last of four steps, it gives back the flat grounds with grain of a standard deviation of 0.064 (about
 #   the mean of 3 x 3 pixels in [-1, 1]; 64 images; not kept), where the teacher leaves 0.023. Recall falls with the whole training, from 0.70 to 0.61 in two and four steps.
 # - **Pair regression** goes from 418 to 306 and from 0.259 to 0.214: unlike on the digits it gains by four times the training, and is not ahead in the random network's space.
 # - **Progressive distillation** goes from 635 to 278 and from 0.350 to 0.223, its recall from 0.54 to 0.70: then a little nearer than regression by the classifier's features, and about level with it in the other space.
-# - **DMD** is the furthest in the mean with a quarter (1,072 and 0.557, recall 0.35): that is 250 steps, and its pairs, which have to bring the images
+# - **DMD** is the furthest in the mean with a quarter by the classifier's features (1,072; 0.557 in the other space, where ADD has 0.701; recall 0.35): that is 250 steps, and its pairs, which have to bring the images
 #   apart first, are still falling there. With the whole it has 426 and 0.261, recall 0.62. The column of near-copies counts 6 % of its images with a quarter: a blur is close to any pale one (the teacher's one step: all).
 # - **The teacher** in eight steps of DPM-Solver++ is level with fifty of DDIM (250; 0.144 in the random network's space, a little behind), and in sixteen
 #   ahead in both (239 and 0.089), where fifty change little (243 and 0.082). In two neither it nor DDIM is of use.
-# - **Not made yet:** other parts of ADD, and more seeds of the whole training. `python -m advkd compare --preset glyphs --seed 3` makes
+# - **Not made yet:** other parts of ADD, and more seeds of the whole training. `python -m advkd compare --preset glyphs --seed 4` makes
 #   a seed's rows with both budgets, and the teacher's (many hours; what is not in `runs/` is trained again).
 #
 # ### Both at a glance
