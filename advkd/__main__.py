@@ -513,7 +513,7 @@ def quality(name: str, paper_epochs: float, chosen: tuple[str, ...], workers: in
     help="Only this method, named as in the table: 'ADD, adversarial alone' (several times); teacher: its rows.",
 )
 @click.option(
-    "--budget", "budgets", type=float, multiple=True, help="Only this budget, in trainings of Adv-KD's recipe: 1."
+    "--budget", "budgets", type=float, multiple=True, help="Only this budget; 1 is the training of Adv-KD's recipe."
 )
 @click.option(
     "--seed", "seeds", type=int, multiple=True, help="Only this training seed; the teacher's rows are all made."

@@ -435,7 +435,7 @@ def _family(method: str) -> str:
 def _beside(rows: list[dict], x: str) -> dict[tuple[str, float], float]:
     """Where on a logarithmic axis each family of methods is drawn that has a row at an x: there, or side by side around it."""
     times = sorted({row[x] for row in rows})
-    apart = (times[-1] / times[0]) ** APART
+    apart = max(times[-1] / times[0], 2) ** APART  # also where all share one
     drawn = {}
     for time in times:
         here = list(dict.fromkeys(_family(row["method"]) for row in rows if row[x] == time))

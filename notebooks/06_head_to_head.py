@@ -396,7 +396,7 @@ figure = plot_samples(drawn, [glyph_images[image_key(row)][:3] for row in drawn]
 _ = save_figure(figure, f"figures/{preset}", "glyphs_methods_samples")
 
 # %% [markdown]
-# Distances are to the train split: in the classifier's features, then in the random network's space. DDIM-50 has 252 and 0.133. What
+# Distances are to the train split: in the classifier's features, then in the random network's space. DDIM-50 has 252 and 0.133 with one sampling seed (three: 252 and 0.142, notebook 5). What
 # follows of the whole training rests on **one seed**; a quarter's seeds differ by up to a factor of three (ADD's adversarial part).
 #
 # - **How long one trains decides.** With a quarter of the training one step of Adv-KD is the nearest of the whole methods in both spaces (353 and 0.180; regression

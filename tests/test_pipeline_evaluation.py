@@ -484,6 +484,8 @@ def test_methods_of_equal_time_stand_side_by_side():
     legend = ax.get_legend()
     handles = dict(zip([text.get_text() for text in legend.get_texts()], legend.legend_handles, strict=True))
     assert all(handles[bars.get_label()].get_marker() == bars[0].get_marker() for bars in ax.containers)
+    (ax,) = figures.plot_methods([row for row in rows if row["ms"] == 20], "ms", "fd", ("", ""), {}).axes
+    assert len({bars[0].get_xdata()[0] for bars in ax.containers}) == 2, "also where all of them share one time"
     plt.close("all")
 
 
